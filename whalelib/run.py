@@ -223,8 +223,8 @@ class Run:
         write_rows(path, RESULT_COLUMNS, [*others, *self._rows.values()])
         return value
 
-    def save_figure(self, figure: "Figure", name: str, frame: "pd.DataFrame | pd.Series") -> Path:
-        """Save a figure as PNG and the data it shows as CSV, and return the PNG's path.
+    def save_figure(self, figure: "Figure", name: str, frame: "pd.DataFrame | pd.Series") -> None:
+        """Save a figure as PNG and the data it shows as CSV, ``{notebook}_{name}.png`` and ``.csv``.
 
         The PNG is the same byte for byte for the same figure: fixed resolution, no dates or versions inside.
         Default settings write to ``figures/``, others to ``build/figures/LABEL/``.
@@ -237,7 +237,6 @@ class Run:
         named = any(label is not None for label in frame.index.names)
         with replacing(path.with_suffix(".csv")) as part:
             frame.to_csv(part, index=named, float_format="%.8g", lineterminator="\n")
-        return path
 
     def folder(self, name: str, **key: object) -> Path:
         """Return a cache folder for what ``name`` and ``key`` say, made from these data with this code.

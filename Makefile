@@ -1,0 +1,123 @@
+# The course in one place: `make help` lists what there is to make.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install course figures ledger refresh lab test clean
+.NOTPARALLEL:
+
+# Parameters of the notebooks. They are orthogonal; an unknown one, or an unknown value, is an error.
+DATA = world
+PROFILE = lab
+EDITION = as_described
+SEED = 0
+DEVICE = auto
+NOTEBOOKS =
+# Where things are.
+VENV = .venv
+BUILD = build
+# `make ledger` with uncommitted changes: the rows' commit is marked +dirty.
+ALLOW_DIRTY =
+
+KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS VENV BUILD ALLOW_DIRTY WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE
+GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
+ifneq ($(UNKNOWN),)
+$(error unknown parameter $(UNKNOWN); the parameters are $(KNOWN))
+endif
+ifneq ($(filter-out 1,$(ALLOW_DIRTY)),)
+$(error ALLOW_DIRTY = $(ALLOW_DIRTY): leave it empty or give 1)
+endif
+
+# Exported, so that recipes can quote them whatever characters they hold.
+export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS BUILD
+ifneq ($(WHALE_REFERENCE),)
+REFERENCE := $(shell cd '$(WHALE_REFERENCE)' 2>/dev/null && pwd)
+ifeq ($(REFERENCE),)
+$(error WHALE_REFERENCE = $(WHALE_REFERENCE): there is no such folder)
+endif
+override WHALE_REFERENCE := $(REFERENCE)
+export WHALE_REFERENCE
+endif
+export NO_ALBUMENTATIONS_UPDATE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+PYTHON = $(VENV)/bin/python
+CHOICE = --data "$$DATA" --profile "$$PROFILE" --edition "$$EDITION" --seed "$$SEED" --device "$$DEVICE" \
+	--notebooks "$$NOTEBOOKS" --build "$$BUILD"
+
+help:
+	@echo 'make course    execute the notebooks that are not up to date; pages, figures and results in build/'
+	@echo 'make figures   the same, ending with the list of figures'
+	@echo 'make lab       open the notebooks in JupyterLab'
+	@echo 'make test      lint, tests, and every notebook executed again'
+	@echo 'make ledger    measure apart from the course, and enter the values in data/results/ledger.csv'
+	@echo 'make refresh   execute the notebooks in place, keeping their new outputs'
+	@echo 'make clean     remove build/ and the caches (the environment and the data stay)'
+	@echo
+	@echo 'Parameters of course, figures and ledger, with their defaults:'
+	@echo '  DATA=world              world:tiny, world:lab, world:competition, kaggle, or the path of a folder or CSV'
+	@echo '  PROFILE=lab             lab (a laptop) or paper (the published sizes)'
+	@echo '  EDITION=as_described    as_described (the report) or as_shipped (the code of the solutions)'
+	@echo '  SEED=0                  a whole number; for ledger also several: SEED=0,1,2'
+	@echo '  DEVICE=auto             auto, cpu or cuda'
+	@echo '  NOTEBOOKS="02_* 01_02"  only these (course, figures, ledger, refresh)'
+	@echo '  BUILD=build             where executed notebooks, pages and results go'
+	@echo '  VENV=.venv              the Python environment; made when missing'
+	@echo '  ALLOW_DIRTY=1           ledger only: enter values of code that is not committed'
+
+# ---- the environment: made once, brought up to date when pyproject.toml, constraints.txt or the place changes
+STAMP = $(VENV)/.whalelib
+STATE = $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum)
+UNTESTED = ^(torch|torchvision|triton|nvidia-|cuda-)
+
+$(PYTHON):
+	@for candidate in python3.11 python3; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
+	  candidate=; \
+	done; \
+	if [ -z "$$candidate" ]; then echo 'Python 3.11 or newer is needed, as python3.11 or python3.' >&2; exit 1; fi; \
+	echo "environment: making $(VENV) with $$($$candidate --version)"; \
+	"$$candidate" -m venv "$(VENV)"
+
+install: $(PYTHON)
+	@if [ "$$(cat "$(STAMP)" 2>/dev/null)" = '$(STATE)' ]; then exit 0; fi; \
+	if [ -e "$(STAMP)" ]; then quiet=--quiet; else quiet=; fi; \
+	echo 'environment: installing the dependencies (new: a few minutes and about 6 GB, most of it torch)'; \
+	if ! $(PYTHON) -m pip install $$quiet -e '.[course,test]' -c constraints.txt; then \
+	  echo 'environment: the tested versions are not offered here; trying another torch that pyproject.toml allows'; \
+	  grep -Ev '$(UNTESTED)' constraints.txt > "$(VENV)/constraints.txt"; \
+	  $(PYTHON) -m pip install $$quiet -e '.[course,test]' -c "$(VENV)/constraints.txt"; \
+	fi; \
+	echo '$(STATE)' > "$(STAMP)"
+
+# ---- what there is to make
+course: install
+	@$(PYTHON) -m whalelib.course run $(CHOICE)
+
+figures: install
+	@$(PYTHON) -m whalelib.course figures $(CHOICE)
+
+ledger: install
+	@$(PYTHON) -m whalelib.course ledger $(CHOICE) $(if $(ALLOW_DIRTY),--allow-dirty)
+
+refresh: install
+	@$(PYTHON) -m whalelib.course refresh --notebooks "$$NOTEBOOKS"
+	@$(PYTHON) -m ruff format --quiet notebooks
+
+lab: install
+	@$(PYTHON) -m jupyterlab notebooks
+
+# Notebooks are executed with their figures and results kept out of the way, so that the working tree stays as it is.
+test:
+	@echo '[1/3] install'
+	@$(MAKE) --no-print-directory install
+	@echo '[2/3] lint'
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@echo '[3/3] tests, then every notebook cell by cell'
+	@WHALE_FIGURES=build/test/figures WHALE_RESULTS=build/test/results \
+	  $(PYTHON) -m pytest --nbval-lax --nbval-cell-timeout=1200 --timeout=1300 tests notebooks
+
+clean:
+	rm -rf build data/cache .pytest_cache .ruff_cache .hypothesis
+	@echo 'The environment (.venv) and made worlds (data/world) stay; delete those folders yourself.'
