@@ -1,0 +1,270 @@
+"""The report's items and numbers as data, and the claims of the notebooks on them."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whalelib import report
+from whalelib.report import chapter2
+
+ROOT = Path(__file__).parent.parent
+TABLES = [
+    "1.1",
+    "2.1",
+    "2.2",
+    "2.3",
+    "2.4",
+    "3.1",
+    "3.2",
+    "3.3",
+    "4.1",
+    "4.2",
+    "4.3",
+    "4.4",
+    "5.1",
+    "5.2",
+    "5.3",
+]
+ROWS = dict(zip(TABLES, [5, 3, 18, 7, 2, 9, 6, 3, 8, 10, 10, 2, 9, 3, 2], strict=True))
+
+
+def test_every_item_is_claimed_or_still_to_come():
+    assert report.claim_problems(report.claims(ROOT / "notebooks")) == []
+
+
+def test_index_is_complete_by_count_and_without_gaps():
+    index = report.INDEX
+    assert index["item"].is_unique and not index.isna().any(axis=None)
+    assert index["kind"].value_counts().to_dict() == {
+        "section": 64,
+        "figure": 40,
+        "equation": 29,
+        "table": 15,
+    }
+    assert (index["number"].str[0] == index["chapter"]).all()
+    for kind, part in index.groupby("kind"):
+        numbers = set(part["number"])
+        for number in numbers:
+            head, _, last = number.rpartition(".")
+            if last.isdigit() and int(last) > 1 and head:
+                assert f"{head}.{int(last) - 1}" in numbers, f"{kind} {number} has no predecessor"
+            if kind == "section" and head:
+                assert head in numbers, f"section {number} is in no section"
+
+
+def notebook(folder, name, claims):
+    metadata = {} if claims is None else {"whalelib": {"claims": claims}}
+    (folder / f"{name}.ipynb").write_text(json.dumps({"metadata": metadata, "cells": []}))
+
+
+def test_claims_are_read_from_metadata(tmp_path):
+    notebook(tmp_path, "02_01", ["table 2.1", "section 2.1", "table 2.1"])
+    notebook(tmp_path, "01_01", ["table 2.1"])
+    notebook(tmp_path, "00_01", None)
+    assert report.claims(tmp_path) == {"table 2.1": ["01_01", "02_01"], "section 2.1": ["02_01"]}
+    assert report.claims(tmp_path / "absent") == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"metadata": {"whalelib": {"claims": "table 2.1"}}}'])
+def test_a_broken_notebook_is_named(tmp_path, text):
+    (tmp_path / "bad.ipynb").write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.ipynb"):
+        report.claims(tmp_path)
+
+
+def test_each_kind_of_wrong_claim_is_found():
+    later = report.INDEX.loc[report.INDEX["chapter"].isin(["3", "4", "5"]), "item"].tolist()
+    now = {item: ["nb"] for item in report.INDEX["item"] if item not in later}
+    assert report.claim_problems(now, later) == []
+    assert (
+        report.claim_problems(now | {"table 3.1": ["nb"]}, [item for item in later if item != "table 3.1"])
+        == []
+    )
+    assert report.claim_problems(now, later[1:]) == [f"{later[0]}: no notebook claims it"]
+    lacking = {item: names for item, names in now.items() if item != "equation 2.3"}
+    assert report.claim_problems(lacking, later) == ["equation 2.3: no notebook claims it"]
+    assert report.claim_problems(lacking, [*later, "equation 2.3"]) == [
+        "equation 2.3: listed as to come, but no item of chapters 3 to 5"
+    ]
+    assert report.claim_problems(now | {"table 3.1": ["nb"]}, later) == [
+        "table 3.1: claimed by nb and still listed as to come"
+    ]
+    assert report.claim_problems(now | {"table 9.9": ["nb"]}, later) == [
+        "table 9.9: claimed by nb, but no item of the report"
+    ]
+    assert report.claim_problems(now, [*later, "table 3.9"]) == [
+        "table 3.9: listed as to come, but no item of chapters 3 to 5"
+    ]
+
+
+@pytest.mark.parametrize("number", TABLES)
+def test_tables(number):
+    table, text = report.table(number), report.table(number, as_text=True)
+    assert len(table) == ROWS[number] and list(table.columns) == list(text.columns)
+    assert not table.isna().any(axis=None)
+    assert all(isinstance(cell, str) for cell in text.to_numpy().ravel())
+
+
+def test_the_index_and_the_tables_are_the_same_set():
+    assert report.INDEX.loc[report.INDEX["kind"] == "table", "number"].tolist() == TABLES
+    with pytest.raises(KeyError, match=r"no table 2\.5; it has 1\.1, 2\.1"):
+        report.table("2.5")
+
+
+def test_table_cells_by_hand():
+    assert report.table("1.1", as_text=True).iloc[1].tolist() == ["2nd", "Tao Shen", "0.97208"]
+    assert report.table("2.2").set_index("Examples")["Occurrences"][["1", "17", "18+"]].tolist() == [
+        2073,
+        17,
+        81,
+    ]
+    assert report.table("3.3", as_text=True)["Private"].tolist() == ["0.97309", "0.85070", "0.86513"]
+    assert report.table("4.2")["Weight"].sum() == 15 and report.table("4.2")["Pseudo labels"].sum() == 5
+    assert report.table("4.4")["Public"].tolist() == [0.97359, 0.9715]
+    assert report.table("5.2")["Class grouping"].tolist() == [False, False, True]
+    assert report.table("5.3")["Private"].tolist() == [0.97113, 0.96889]
+    winners = [report.table(number)["Private"][0] for number in ("3.3", "4.4", "5.3")]
+    assert winners == report.table("1.1")["Score"][:3].tolist()
+
+
+def test_printed_numbers_agree_with_one_another():
+    sizes = report.table("2.1").set_index("Dataset")["Number of examples"]
+    assert sizes["Train"] + sizes["Test"] == sizes["Total"] == 33321
+    gray = report.table("2.4")
+    assert (gray["Gray scale images"] + gray["Colored images"]).tolist() == [25361, 7960]
+    assert np.allclose(gray["Gray scale (%)"] + gray["Colored (%)"], 100)
+    assert report.table("2.2")["Occurrences"].sum() == 5005
+    assert report.table("4.1").groupby("Transformation set")["Probability"].sum().round(2).tolist() == [
+        0.99,
+        1,
+        1,
+        1,
+    ]
+
+
+def test_facts_agree_with_one_another_and_with_the_tables():
+    facts, classes = report.facts(), report.class_sizes()
+    assert classes["photographs"].tolist() == list(range(1, 74))
+    assert classes["whales"].sum() == facts.loc["whales", "train"] == 5004
+    assert (
+        (classes["photographs"] * classes["whales"]).sum()
+        == facts.loc["photographs of whales", "train"]
+        == 15697
+    )
+    assert 15697 + facts.loc["photographs of new_whale", "train"] == 25361
+    labels = np.repeat(np.arange(5004), np.repeat(classes["photographs"], classes["whales"]))
+    table = chapter2.table_2_2([*labels, *["new_whale"] * 9664])
+    pd.testing.assert_frame_equal(table, report.table("2.2"), check_dtype=False)
+    common, rest = report.image_sizes(), report.image_sizes_rest()
+    for split, total in (("train", 25361), ("test", 7960)):
+        assert common[split].sum() + rest[split].sum() == facts.loc["photographs", split] == total
+        histogram = report.contrast_histogram().query("split == @split")
+        assert histogram["photographs"].sum() == total
+        assert histogram["low"].iloc[0] == facts.loc["min contrast", split]
+        assert histogram["high"].iloc[-1] == facts.loc["max contrast", split]
+        assert np.array_equal(histogram["low"][1:], histogram["high"][:-1])
+        middle = (histogram["low"] + histogram["high"]) / 2
+        assert np.average(middle, weights=histogram["photographs"]) == pytest.approx(
+            facts.loc["mean contrast", split], abs=1
+        )
+    assert common[["train", "test"]].sum(axis=1).min() == 5
+    grays = report.table("2.4").set_index("Dataset")["Gray scale images"]
+    assert facts.loc["gray photographs", ["train", "test"]].tolist() == [grays["Train"], grays["Test"]]
+    assert facts.loc["mean contrast", "report says"] == "60" and facts.loc["whales", "report says"] == ""
+
+
+def test_drawn_sizes_give_table_2_3_and_are_the_same_for_a_seed():
+    sizes = report.image_sizes_like(3)
+    table = chapter2.table_2_3(sizes["split"], sizes["width"], sizes["height"])
+    pd.testing.assert_frame_equal(table, report.table("2.3"), check_dtype=False)
+    pd.testing.assert_frame_equal(sizes, report.image_sizes_like(3))
+    assert not sizes.equals(report.image_sizes_like(4))
+    facts = report.facts()
+    assert sizes["width"].between(*facts.loc[["least width", "greatest width"], "all"]).all()
+    assert sizes["height"].between(*facts.loc[["least height", "greatest height"], "all"]).all()
+    share = sizes["width"].between(970, 1150).groupby(sizes["split"]).mean()
+    expected = facts.loc["share of widths 970 to 1150 pixels", ["train", "test"]].astype(float)
+    assert np.allclose(share[["train", "test"]], expected, atol=0.005)
+
+
+def test_errata():
+    errata = report.errata()
+    assert not errata.duplicated(["item", "cell"]).any() and (errata != "").all(axis=None)
+    assert set(errata["item"]) <= set(report.INDEX["item"])
+    assert set(errata["kind"]) == {"wrong", "code differs", "omitted", "rounding", "unclear", "note", "ocr"}
+    cells = report.errata("3.2").set_index("cell")
+    cell = cells.loc["Second, step 2, train Top@1"]
+    assert (cell["printed"], cell["corrected"], cell["kind"]) == ("45.4", "37.7", "wrong")
+    assert report.table("3.2", as_text=True)["Top@1 train (%)"][4] == "45.4"
+    assert report.errata("equation 4.9")["corrected"].tolist() == ["x if x > 0; 0 otherwise"]
+    assert report.errata("4.1")["kind"].tolist()[0] == "ocr"
+    assert report.errata("1.1").empty
+    with pytest.raises(KeyError, match="no table 7"):
+        report.errata("7")
+
+
+def test_published_runs():
+    runs = report.published_runs()
+    assert len(runs) == 32 and runs.groupby("run")["file"].apply(list).map(len).eq(4).all()
+    assert set(runs["file"]) == {"test1", "test2", "hard1", "hard2"}
+    assert runs["MAP@5"].between(0.69, 0.99).all()
+
+
+def test_data_files_are_small():
+    folder = resources.files("whalelib.report")
+    files = [
+        path for part in (folder, folder / "tables") for path in part.iterdir() if path.name.endswith(".csv")
+    ]
+    assert len(files) == 24
+    for path in files:
+        assert len(path.read_bytes()) < 30_000, path.name
+
+
+photographs = st.lists(
+    st.tuples(st.sampled_from(["train", "test"]), st.integers(1, 4), st.integers(1, 3), st.booleans()),
+    min_size=1,
+)
+
+
+@given(photographs)
+def test_chapter_2_equals_counting_by_hand(rows):
+    split, width, height, gray = zip(*rows, strict=True)
+    sizes = chapter2.table_2_1(split)["Number of examples"].tolist()
+    assert sizes == [split.count("train"), split.count("test"), len(rows)]
+    table = chapter2.table_2_3(split, width, height, least=20)
+    expected = []
+    for w in range(1, 5):
+        for h in range(1, 4):
+            shares = [
+                100 * sum(row[:3] == (name, w, h) for row in rows) / split.count(name) if name in split else 0
+                for name in ("train", "test")
+            ]
+            if max(shares) > 20:
+                expected.append([w, h, *(round(share, 2) for share in shares)])
+    assert np.allclose(table.fillna(0).to_numpy(dtype=float).reshape(-1, 4), np.reshape(expected, (-1, 4)))
+    colours = chapter2.table_2_4(split, gray)
+    for name, row in zip(("train", "test"), colours.itertuples(index=False), strict=True):
+        assert row[1] == sum(part[0] == name and part[3] for part in rows) and row[1] + row[3] == split.count(
+            name
+        )
+
+
+@given(st.lists(st.integers(0, 9), min_size=1))
+def test_class_sizes_equal_counting_by_hand(labels):
+    table = chapter2.table_2_2(labels, last=4).set_index("Examples")["Occurrences"]
+    counts = [labels.count(label) for label in set(labels)]
+    assert table.tolist() == [counts.count(1), counts.count(2), counts.count(3), sum(n >= 4 for n in counts)]
+    sizes = chapter2.figure_2_1(labels)
+    assert (sizes["photographs"] * sizes["ids"]).sum() == len(labels) and (sizes["ids"] > 0).all()
+
+
+def test_contrast_histogram_of_one_split():
+    histogram = chapter2.figure_2_3(["test"] * 4, [0, 1, 9, 10])
+    assert histogram["photographs"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert histogram["low"].tolist() == list(range(10)) and set(histogram["split"]) == {"test"}

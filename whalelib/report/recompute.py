@@ -1,0 +1,235 @@
+"""The report's numbers derived again from its authors' own files.
+
+Every function takes `reference`, the folder with the authors' counts (`data_analysis/`), labels
+(`competition/`) and predictions (`predictions/`, `curation/`). The files are not part of this project; the
+numbers below are.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from whalelib import metrics
+from whalelib.contest import read_submission
+from whalelib.report import chapter2
+
+SPLITS = chapter2.SPLITS
+COMMON = 5
+WIDTH_EDGES = [77, *range(100, 1051, 50), 1051, *range(1100, 2001, 100), *range(2500, 5501, 500), 5960]
+HEIGHT_EDGES = [30, *range(50, 1201, 50), 1576]
+
+
+def identities(reference: Path) -> pd.Series:
+    """Labels of the 25,361 training photographs, `new_whale` among them."""
+    return pd.read_csv(Path(reference) / "competition" / "train.csv")["Id"]
+
+
+def image_size_counts(reference: Path) -> pd.DataFrame:
+    """Columns split, width, height, photographs: every size of the 33,321 photographs."""
+    folder = Path(reference) / "data_analysis" / "image-sizes"
+    sizes = pd.concat([pd.read_csv(folder / f"{split}.csv").assign(split=split) for split in SPLITS])
+    columns = {"Width": "width", "Height": "height", "Frequency": "photographs"}
+    return sizes.rename(columns=columns)[["split", *columns.values()]].reset_index(drop=True)
+
+
+def contrasts(reference: Path) -> pd.DataFrame:
+    """Columns split, contrast: eq. 2.1 of each of the 33,321 photographs, as the authors computed it."""
+    folder = Path(reference) / "data_analysis"
+    parts = [pd.read_csv(folder / f"contrast.{split}.csv").assign(split=split) for split in SPLITS]
+    return pd.concat(parts, ignore_index=True).rename(columns={"Contrast": "contrast"})[["split", "contrast"]]
+
+
+def colours(reference: Path) -> pd.DataFrame:
+    """Columns split, gray: the authors' count of coloured photographs, one row a photograph.
+
+    Their script calls a photograph coloured if some pixel has r != g and g != b. Only these counts are left,
+    so the text's own rule (gray if all channels are equal) cannot be checked without the photographs.
+    """
+    counts = pd.read_csv(Path(reference) / "data_analysis" / "color.csv")
+    rows = counts.loc[counts.index.repeat(counts["Frequency"])]
+    return pd.DataFrame({"split": rows["Dataset"].to_numpy(), "gray": ~rows["Colored"].to_numpy(dtype=bool)})
+
+
+def table_2_1(reference: Path) -> pd.DataFrame:
+    """Table 2.1 from the training labels and the sample submission."""
+    test = read_submission(Path(reference) / "competition" / "third_place" / "sample_submission.csv")
+    return chapter2.table_2_1(["train"] * len(identities(reference)) + ["test"] * len(test))
+
+
+def table_2_2(reference: Path) -> pd.DataFrame:
+    """Table 2.2 from the training labels; like the report, it counts `new_whale` as one id."""
+    return chapter2.table_2_2(identities(reference))
+
+
+def table_2_3(reference: Path) -> pd.DataFrame:
+    """Table 2.3 from the authors' list of sizes."""
+    return chapter2.table_2_3(*_photographs(image_size_counts(reference)))
+
+
+def table_2_4(reference: Path) -> pd.DataFrame:
+    """Table 2.4 from the authors' counts, by their script's rule (see `colours`)."""
+    rows = colours(reference)
+    return chapter2.table_2_4(rows["split"], rows["gray"])
+
+
+def class_sizes(reference: Path) -> pd.DataFrame:
+    """Columns photographs (1, 2, ... 73), whales: how many whales have so many; `new_whale` is left out."""
+    labels = identities(reference)
+    sizes = chapter2.figure_2_1(labels[labels != metrics.NEW_WHALE]).set_index("photographs")["ids"]
+    whales = sizes.reindex(range(1, sizes.index.max() + 1), fill_value=0)
+    return whales.rename("whales").rename_axis("photographs").reset_index()
+
+
+def image_sizes(reference: Path) -> pd.DataFrame:
+    """Columns width, height, train, test: the sizes that at least five photographs have, commonest first."""
+    sizes = _sizes_by_split(reference)
+    common = sizes[sizes.sum(axis=1) >= COMMON].reset_index()
+    order = (-common["train"] - common["test"]).argsort(kind="stable")
+    return common.iloc[order].reset_index(drop=True)
+
+
+def image_sizes_rest(reference: Path) -> pd.DataFrame:
+    """Columns width_from, width_to, height_from, height_to (end excluded), train, test: all other sizes.
+
+    The width of 1050 pixels has a step of its own, since most photographs have it.
+    """
+    sizes = _sizes_by_split(reference)
+    rare = sizes[sizes.sum(axis=1) < COMMON].reset_index()
+    steps = {}
+    for side, edges in (("width", np.array(WIDTH_EDGES)), ("height", np.array(HEIGHT_EDGES))):
+        place = np.searchsorted(edges, rare[side], side="right")
+        steps |= {f"{side}_from": edges[place - 1], f"{side}_to": edges[place]}
+    return (
+        rare[list(SPLITS)]
+        .groupby([pd.Series(step, name=name) for name, step in steps.items()])
+        .sum()
+        .reset_index()
+    )
+
+
+def contrast_histogram(reference: Path) -> pd.DataFrame:
+    """Figure 2.3: columns split, low, high, photographs in ten equal steps a split."""
+    values = contrasts(reference)
+    return chapter2.figure_2_3(values["split"], values["contrast"]).round({"low": 6, "high": 6})
+
+
+def facts(reference: Path) -> pd.DataFrame:
+    """Columns fact, train, test, all: what chapter 2 says in numbers. Shares lie between 0 and 1."""
+    labels, sizes, values, gray = (
+        read(reference) for read in (identities, image_size_counts, contrasts, colours)
+    )
+    whales = labels[labels != metrics.NEW_WHALE].value_counts()
+    rows = [
+        ("photographs", *_by_split(sizes, lambda part: part["photographs"].sum())),
+        ("whales", len(whales), None, None),
+        ("photographs of new_whale", (labels == metrics.NEW_WHALE).sum(), None, None),
+        ("photographs of whales", whales.sum(), None, None),
+        ("photographs of the commonest whale", whales.max(), None, None),
+        ("share of new_whale", (labels == metrics.NEW_WHALE).mean(), None, None),
+        ("share of whales with one photograph", (whales == 1).mean(), None, None),
+        ("share of whales with fewer than six photographs", (whales < 6).mean(), None, None),
+        ("share of 1050 x 700 pixels", *_share(sizes, "width == 1050 and height == 700")),
+        ("share of widths 970 to 1150 pixels", *_share(sizes, "970 <= width <= 1150")),
+        ("share of width 1050 pixels", *_share(sizes, "width == 1050")),
+        ("share of heights 200 to 900 pixels", *_share(sizes, "200 <= height <= 900")),
+    ]
+    for side in ("width", "height"):
+        rows.append((f"least {side}", *_by_split(sizes, lambda part, side=side: part[side].min())))
+        rows.append((f"greatest {side}", *_by_split(sizes, lambda part, side=side: part[side].max())))
+    rows += [
+        ("sizes", *_by_split(sizes, lambda part: len(part[["width", "height"]].drop_duplicates()))),
+        ("gray photographs", *_by_split(gray, lambda part: part["gray"].sum())),
+        ("share of gray photographs", *_by_split(gray, lambda part: part["gray"].mean())),
+    ]
+    for name in ("mean", "median", "std", "min", "max"):
+        statistic = getattr(np, name)
+        rows.append(
+            (f"{name} contrast", *_by_split(values, lambda part, f=statistic: f(part["contrast"].to_numpy())))
+        )
+    frame = pd.DataFrame(rows, columns=["fact", *SPLITS, "all"])
+    return frame.astype({"train": float, "test": float, "all": float}).round(6)
+
+
+def find_predictions(reference: Path) -> list[Path]:
+    """Files of real predictions under `predictions/`, in any folder, without their endings.
+
+    A run is a folder with `testN.csv` or `hardN.csv` (Image,Id) and the published score in a file of the same
+    name and the ending `.md`; a file that lacks the other is listed too, and `score_predictions` refuses it.
+    """
+    folder = Path(reference) / "predictions"
+    names = {path.with_suffix("") for ending in ("csv", "md") for path in folder.rglob(f"*.{ending}")}
+    return sorted(name for name in names if re.fullmatch(r"(test|hard)\d+", name.name))
+
+
+def score_predictions(reference: Path, name: Path) -> dict:
+    """Score one prediction file beside the score published with it.
+
+    The digit in the name says which training list the model saw: `hardN` is the hard set for a model trained
+    on test#N's list. Whales that this list does not show are relabelled `new_whale` before scoring.
+
+    Returns:
+        run, file, rows, relabelled (right labels changed), MAP@5, Top@1, Top@3, Top@5, the same followed by
+        " published" (float, 5 decimals), and "MAP@5 without relabelling".
+
+    Raises:
+        FileNotFoundError: no predictions, or no score, of this name.
+        ValueError: photographs other than those of the set, or a score that cannot be read.
+    """
+    reference, name = Path(reference), Path(name)
+    kind, number = name.name[:4], name.name[4:]
+    sets = reference / "curation" / "sets"
+    labels = read_submission(sets / f"test#{number}" / "test.csv" if kind == "test" else sets / "hard.csv")
+    known = read_submission(sets / f"test#{number}" / "train.csv")["Id"]
+    predictions = read_submission(name.with_suffix(".csv"))
+    if sorted(predictions["Image"]) != sorted(labels["Image"]):
+        raise ValueError(f"{name}.csv: not the photographs of the {kind} set")
+    text = name.with_suffix(".md").read_text(encoding="utf-8")
+    published = dict(re.findall(r"(MAP@5|Top@\d):\s*([\d.]+)", text))
+    images, guesses = metrics.parse_predictions(predictions)
+    truth = labels.set_index("Image")["Id"].loc[images].to_numpy(dtype=object)
+    seen = metrics.relabel_unseen(truth, known)
+    scores = {"MAP@5": metrics.map_at_k(guesses, seen)}
+    scores |= {f"Top@{k}": metrics.top_k_accuracy(guesses, seen, k) for k in (1, 3, 5)}
+    if set(published) != set(scores):
+        found = ", ".join(published) or "none"
+        raise ValueError(f"{name}.md: should give {', '.join(scores)}; gives {found}")
+    return {
+        "run": name.parent.relative_to(reference / "predictions").as_posix(),
+        "file": name.name,
+        "rows": len(predictions),
+        "relabelled": int((seen != truth).sum()),
+        **scores,
+        **{f"{score} published": float(published[score]) for score in scores},
+        "MAP@5 without relabelling": metrics.map_at_k(guesses, truth),
+    }
+
+
+def prediction_runs(reference: Path) -> pd.DataFrame:
+    """`score_predictions` of every file found, one row each; FileNotFoundError if there is none."""
+    names = find_predictions(reference)
+    if not names:
+        raise FileNotFoundError(f"{Path(reference) / 'predictions'}: no testN.csv or hardN.csv in any folder")
+    return pd.DataFrame([score_predictions(reference, name) for name in names])
+
+
+def _photographs(sizes: pd.DataFrame) -> list[pd.Series]:
+    rows = sizes.loc[sizes.index.repeat(sizes["photographs"])]
+    return [rows["split"], rows["width"], rows["height"]]
+
+
+def _sizes_by_split(reference: Path) -> pd.DataFrame:
+    sizes = image_size_counts(reference)
+    table = sizes.pivot_table(index=["width", "height"], columns="split", values="photographs", fill_value=0)
+    return table[list(SPLITS)].astype(int).rename_axis(columns=None)
+
+
+def _by_split(frame: pd.DataFrame, measure) -> list:
+    return [*(measure(frame[frame["split"] == split]) for split in SPLITS), measure(frame)]
+
+
+def _share(sizes: pd.DataFrame, condition: str) -> list[float]:
+    return _by_split(
+        sizes, lambda part: part.query(condition)["photographs"].sum() / part["photographs"].sum()
+    )
