@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,8 +58,8 @@ def measured(value: object, metric: str) -> float | int | str:
     Raises:
         ValueError: it is NaN, infinite or empty, or no single number or text.
     """
-    if hasattr(value, "item") and getattr(value, "size", 1) != 0:
-        value = value.item()
+    with suppress(AttributeError, ValueError, RuntimeError):
+        value = value.item()  # a NumPy or torch scalar; larger arrays raise and are refused below
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value.strip():
