@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from whalelib import contest, metrics
 from whalelib.contest import Contest, ContestError, SubmissionError, check_submission, read_submission
+from whalelib.data import open_catalog
 
 IDS = [f"w_{i}" for i in range(8)]
 IMAGES = [f"{i}.jpg" for i in range(50)]
@@ -282,3 +284,22 @@ def test_complete_and_commonest():
     assert text_of(check_submission(contest.complete(extra, IMAGES, GUESS.split()), IMAGES, IDS)) == [
         "row 52: x.jpg: not a test photograph"
     ]
+
+
+def test_a_test_photograph_that_cannot_be_read_still_has_its_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHALE_CACHE", str(tmp_path / "cache"))
+    for split, names in (("train", IMAGES[:8]), ("test", IMAGES[8:14])):
+        (tmp_path / split).mkdir()
+        for i, name in enumerate(names):
+            Image.new("RGB", (8, 6), (i, 99, 200)).save(tmp_path / split / name)
+    pd.DataFrame({"Image": IMAGES[:8], "Id": IDS}).to_csv(tmp_path / "train.csv", index=False)
+    pd.DataFrame({"Image": IMAGES[8:14], "Id": TRUTH[8:14]}).to_csv(tmp_path / "test_labels.csv", index=False)
+    (tmp_path / "test" / IMAGES[9]).write_bytes(b"not a photograph")
+    catalog = open_catalog(tmp_path).verified()
+    board = Contest.open(catalog)
+    assert set(board.images) == set(IMAGES[8:14]) and board.known == tuple(IDS)
+    readable = pd.DataFrame({"Image": catalog.test.table["image"], "Id": GUESS})
+    with pytest.raises(SubmissionError, match=r"no row: 9\.jpg: missing"):
+        board.score(readable)
+    score = board.score(contest.complete(readable, board.images, GUESS.split()))
+    assert score.all == metrics.map_at_k([GUESS.split()] * 6, TRUTH[8:14])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from whalelib import contest, metrics, report
+from whalelib.data import open_catalog, statistics
 from whalelib.report import recompute
 
 SET = os.environ.get("WHALE_REFERENCE", "")
@@ -65,6 +66,19 @@ def test_the_authors_files_agree_with_one_another():
     labels = recompute.identities(REFERENCE).value_counts()
     assert labels.to_dict() == classes.to_dict()
     assert recompute.contrasts(REFERENCE)["split"].value_counts().to_dict() == {"train": 25361, "test": 7960}
+
+
+def test_contrast_of_real_photographs_is_the_authors():
+    folder = Path(SET) / "real" / "photos2019"
+    if not folder.is_dir():
+        pytest.skip("the ten photographs of the competition are not at hand")
+    ours = statistics(open_catalog(folder), cache=False).set_index("image")
+    authors = pd.read_csv(REFERENCE / "data_analysis" / "contrast.train.csv").set_index("Image")["Contrast"]
+    error = (ours["contrast"] - authors[ours.index]).abs()
+    assert len(error) == 10 and ours["gray_strict"].sum() == 4
+    assert error[ours["gray_strict"]].max() < 1e-6
+    # JPEG decoders convert colours with small differences of their own.
+    assert error.max() < 0.05
 
 
 def test_there_are_predictions_to_score():

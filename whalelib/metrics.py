@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-NEW_WHALE = "new_whale"
+from whalelib.data import NEW_WHALE
+
 GUESSES = 5
 
 
