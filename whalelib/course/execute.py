@@ -1,5 +1,6 @@
 """Executing one notebook, and remembering what came of it inside the executed copy."""
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -165,12 +166,14 @@ def execute(notebook: Notebook, settings: Settings, build: Path, key: str, on_ce
 def _papermill(
     notebook: Notebook, parameters: dict, output: Path, on_cell: Callable[[int, int], None]
 ) -> None:
-    known = papermill.inspect_notebook(notebook.node)
+    node = copy.deepcopy(notebook.node)
+    node.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    known = papermill.inspect_notebook(node)
     unknown = sorted(set(parameters) - set(known))
     if unknown:
         raise ValueError(f"its parameters cell doesn't know the parameter(s) {', '.join(unknown)}")
     papermill.execute_notebook(
-        notebook.node,
+        node,
         str(output).replace("{", "{{").replace("}", "}}"),  # papermill formats paths
         parameters,
         engine_name="whalelib",

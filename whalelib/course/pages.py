@@ -1,6 +1,7 @@
 """The pages: every executed notebook as HTML that needs no network, and an index of them."""
 
 import base64
+import logging
 import mimetypes
 import re
 from collections.abc import Sequence
@@ -91,9 +92,10 @@ class _Renderer(IPythonRenderer):
 class _Exporter(HTMLExporter):
     """nbconvert's lab pages without scripts from elsewhere."""
 
-    def __init__(self, folder: Path, **options):
+    def __init__(self, folder: Path):
         self.folder = folder
-        super().__init__(raw_template=(HERE / "page.html").read_text("utf-8"), **options)
+        super().__init__(raw_template=(HERE / "page.html").read_text("utf-8"))
+        self.log.setLevel(logging.ERROR)  # it warns of pictures without words for them, given below
         self.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
 
     @jinja2.pass_context
@@ -134,7 +136,7 @@ def write_page(build: Path, notebook: Notebook, outcome: Outcome, around: Sequen
         "before": around[place - 1] if place else None,
         "after": around[place + 1] if place + 1 < len(around) else None,
     }
-    html, _ = _Exporter(notebook.path.parent, log_level=50).from_notebook_node(node, resources)
+    html, _ = _Exporter(notebook.path.parent).from_notebook_node(node, resources)
     html = html.replace("No description has been provided for this image", f"Output: {notebook.title}")
     path = page_path(build, notebook)
     with replacing(path) as part:
