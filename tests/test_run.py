@@ -56,6 +56,8 @@ def test_data_is_named_without_folders(animals, tmp_path):
     assert Settings(data=str(animals)).public_data == "animals"
     assert Settings(data=str(table)).public_data == "animals/metadata.csv"
     assert Settings(data="world:tiny@7").public_data == "world:tiny@7"
+    assert Settings(data="world:tiny").public_data == "world:tiny@2019"
+    assert Settings().public_data == "world:lab@2019"
     assert str(tmp_path) not in Settings(data=str(animals)).label
 
 
@@ -124,7 +126,12 @@ def test_record_returns_the_value_and_writes_it_in_full(run, places):
     assert run.record("MAP@5", np.float64(1 / 3)) == 1 / 3
     (row,) = rows_of(places)
     assert float(row["value"]) == 1 / 3
-    assert (row["data"], row["profile"], row["edition"], row["seed"]) == ("world", "lab", "as_described", "0")
+    assert [row[name] for name in ("data", "profile", "edition", "seed")] == [
+        "world:lab@2019",
+        "lab",
+        "as_described",
+        "0",
+    ]
     assert row["device"] in {"cpu", run.device_name}
     assert float(row["seconds"]) >= 0
 
@@ -211,7 +218,7 @@ def test_only_default_settings_write_the_committed_figures(monkeypatch):
     monkeypatch.delenv("WHALE_BUILD", raising=False)
     root = ledger.project_root()
     assert figures_folder(Settings()) == root / "figures"
-    assert figures_folder(Settings(device="cpu")) == root / "figures"
+    assert figures_folder(Settings(device="cpu", data="world:lab@2019")) == root / "figures"
     assert figures_folder(Settings(seed=1)).is_relative_to(root / "build" / "figures")
 
 

@@ -100,8 +100,13 @@ class Settings:
 
     @property
     def public_data(self) -> str:
-        """The data's name without this machine's folders, as results carry it."""
-        if self.generated or self.data == "kaggle":
+        """The data's name as results carry it: the world's with preset and seed, a path's last part."""
+        if self.generated:
+            from whalelib.data.world import DEFAULT_SEED  # noqa: PLC0415
+
+            preset, _, seed = self.data.removeprefix("world").removeprefix(":").partition("@")
+            return f"world:{preset or 'lab'}@{seed or DEFAULT_SEED}"
+        if self.data == "kaggle":
             return self.data
         path = self.located.resolve()
         return path.name if path.is_dir() else f"{path.parent.name}/{path.name}"
@@ -109,7 +114,9 @@ class Settings:
     @property
     def default(self) -> bool:
         """Whether these are the default settings (on any device)."""
-        return self == Settings(device=self.device)
+        default = Settings()
+        same = (self.profile, self.edition, self.seed) == (default.profile, default.edition, default.seed)
+        return same and self.public_data == default.public_data
 
     @property
     def label(self) -> str:

@@ -123,7 +123,9 @@ def up_to_date(build: Path, notebook: Notebook) -> bool:
 def write_page(build: Path, notebook: Notebook, outcome: Outcome, around: Sequence[Notebook]) -> Path:
     """Render an executed notebook, failed ones too, with links to the notebooks before and after it."""
     node = nbformat.read(executed_path(build, notebook), as_version=4)
-    if outcome.settings == asdict(Settings()):  # they repeat the parameters cell
+    if node.metadata.get("papermill", {}).get("parameters") == asdict(
+        Settings()
+    ):  # they repeat the parameters cell
         node.cells = [
             cell for cell in node.cells if "injected-parameters" not in cell.metadata.get("tags", [])
         ]
