@@ -17,6 +17,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
 
+from whalelib import report
 from whalelib.course.execute import Outcome, executed_path
 from whalelib.course.notebooks import Notebook
 from whalelib.course.results import shown
@@ -25,15 +26,6 @@ from whalelib.run import Settings
 
 HERE = Path(__file__).parent
 THUMBNAIL = 480
-CHAPTERS = {
-    "00": "The course",
-    "01": "Introduction",
-    "02": "Competition dataset",
-    "03": "First place solution",
-    "04": "Second place solution",
-    "05": "Third place solution",
-    "A": "Appendix",
-}
 CONVERTER = LatexToMathML(fancy_error=False)
 
 
@@ -162,6 +154,7 @@ def _thumbnails(build: Path, outcome: Outcome) -> list[str]:
 
 def write_index(build: Path, outcomes: Sequence[tuple[Notebook, Outcome | None]]) -> Path:
     """Write ``html/index.html``: every notebook by chapter, its state and figures, and all results."""
+    titles = report.INDEX.query("kind == 'section'").set_index("number")["title"]
     chapters: dict[str, list[dict[str, object]]] = {}
     for notebook, outcome in outcomes:
         key = notebook.number.split("_")[0]
@@ -171,7 +164,7 @@ def write_index(build: Path, outcomes: Sequence[tuple[Notebook, Outcome | None]]
             "page": f"{notebook.name}.html" if page_path(build, notebook).exists() else None,
             "thumbnails": _thumbnails(build, outcome) if outcome else [],
         }
-        chapters.setdefault(CHAPTERS.get(key, f"Chapter {key}"), []).append(entry)
+        chapters.setdefault(titles.get(key.lstrip("0"), "The course"), []).append(entry)
     environment = jinja2.Environment(autoescape=True)
     environment.filters["shown"] = shown
     template = environment.from_string((HERE / "index.html").read_text("utf-8"))
