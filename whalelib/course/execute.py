@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 import papermill
 from nbclient import NotebookClient
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.execute import ERROR_MARKER_TAG
 
@@ -234,6 +235,21 @@ def _first_line(message: object) -> str:
     return lines[0][:300] if lines else ""
 
 
+def tidy(node: nbformat.NotebookNode) -> None:
+    """Leave of progress bars what a terminal shows at the end; of widgets, which need a kernel, nothing."""
+    node.metadata.pop("widgets", None)
+    CoalesceStreamsPreprocessor(enabled=True).preprocess(node, {})
+    for cell in node.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_remains(output)]
+
+
+def _is_remains(output: nbformat.NotebookNode) -> bool:
+    if output.output_type == "stream":
+        return not output.text.strip()
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 def refresh(notebook: Notebook, on_cell: OnCell) -> None:
     """Execute a committed notebook with its own default parameters and replace its outputs, if none failed.
 
@@ -245,13 +261,12 @@ def refresh(notebook: Notebook, on_cell: OnCell) -> None:
         node,
         timeout=None,
         kernel_name="python3",
-        coalesce_streams=True,
         extra_arguments=QUIET,
         resources={"metadata": {"path": str(notebook.path.parent)}},
         on_cell_start=lambda cell, cell_index: on_cell(cell_index + 1, len(node.cells)),
     )
     client.execute()
-    node.metadata.pop("widgets", None)
+    tidy(node)
     node.metadata["language_info"] = {"name": "python"}
     for cell in node.cells:
         cell.metadata.pop("execution", None)

@@ -14,11 +14,10 @@ import nbformat
 from math_core import LatexError, LatexToMathML
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
 
 from whalelib import report
-from whalelib.course.execute import Outcome, executed_path
+from whalelib.course.execute import Outcome, executed_path, tidy
 from whalelib.course.notebooks import Notebook
 from whalelib.course.results import shown
 from whalelib.files import replacing
@@ -88,7 +87,6 @@ class _Exporter(HTMLExporter):
         self.folder = folder
         super().__init__(raw_template=(HERE / "page.html").read_text("utf-8"))
         self.log.setLevel(logging.ERROR)  # it warns of pictures without words for them, given below
-        self.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
 
     @jinja2.pass_context
     def markdown2html(self, context, source):
@@ -121,7 +119,7 @@ def write_page(build: Path, notebook: Notebook, outcome: Outcome, around: Sequen
         node.cells = [
             cell for cell in node.cells if "injected-parameters" not in cell.metadata.get("tags", [])
         ]
-    node.metadata.pop("widgets", None)  # their scripts would come from the network; the text form stays
+    tidy(node)  # scripts of widgets would come from the network
     node.metadata["title"] = f"{notebook.number.replace('_', '.')} {notebook.title}"
     place = list(around).index(notebook)
     resources = {
