@@ -1,0 +1,556 @@
+"""One training loop for every network of the course: Lightning Fabric, and checkpoints that survive a kill.
+
+The loop saves no state of a random generator. Before each step it seeds torch from (seed, epoch, step), and
+the order of an epoch comes from (seed, epoch): so a run that was stopped anywhere goes on as if it had not
+been, to the same weights, bit for bit on a CPU (same processor, same number of threads).
+
+Several GPUs: start the script with ``torchrun --nproc-per-node N``; the loop shares each batch among them.
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from whalelib.files import replacing
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be used."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that the next step depends on besides weights and optimizer.
+
+    ``epoch`` and ``step`` (in the epoch) of the next step; ``sums`` over the epoch's steps so far of what
+    is logged; ``seconds`` they took; ``rows`` of the finished epochs.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    loss: Callable[[Any, dict], torch.Tensor | dict[str, torch.Tensor]],
+    *,
+    epochs: int,
+    folder: Path | None = None,
+    batch_size: int = 32,
+    optimizer: Callable[[nn.Module], Optimizer] | None = None,
+    schedule: Callable[[float], float] | None = None,
+    clip: float | None = None,
+    sampler: Iterable | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "32-true",
+    workers: int = 0,
+    resume: bool = True,
+    checkpoint_every: int | None = None,
+    stop: Callable[[dict], bool] | None = None,
+    on_epoch: Callable[[nn.Module, dict], dict | None] | None = None,
+    best: str | None = None,
+    settings: dict | None = None,
+) -> pd.DataFrame:
+    """Train a model and return its history; the model is left trained, on the device.
+
+    Args:
+        model: called with ``batch["image"]``.
+        dataset: items are dicts of what can be collated, with ``image`` (C, H, W). Its ``set_epoch``, the
+            sampler's and the loss's, where they have one, are called with the epoch, from 0.
+        loss: of (the model's output, batch): a scalar, or a dict of scalars to log whose ``loss`` is lowered.
+        epochs: how many in all; a finished run is continued by asking for more.
+        folder: for checkpoints and ``log.csv``; None keeps nothing.
+        batch_size: images a step, over all processes. An incomplete last batch is left out, unless it is
+            the only one.
+        optimizer: of the model; default AdamW, lr 1e-3.
+        schedule: from the position in epochs (2.5: in the middle of the third) to a factor of each group's
+            learning rate; default 1. A function of the position alone, so nothing of it needs saving.
+        clip: highest norm of the gradient, or None.
+        sampler: yields an epoch's indices, or its batches as lists; default each index once, shuffled. Its
+            draws come from torch's generator, or from its own seeded by ``set_epoch``.
+        seed: of order, dropout and the like; give the dataset its own.
+        device: "auto", "cpu" or "cuda".
+        precision: "32-true" or "bf16-mixed".
+        workers: processes that load; 0 loads between steps.
+        resume: go on from the folder's checkpoint, if any. False discards what the folder holds of an
+            earlier run.
+        checkpoint_every: steps between checkpoints within an epoch; default none but at each epoch's end.
+        stop: told each epoch's row, ends the run when true.
+        on_epoch: called with (model, row) after each epoch, for instance to validate; what it returns is
+            logged.
+        best: a logged name: the weights of the epoch where it is highest are kept as ``best.safetensors``.
+        settings: what else must be the same for a checkpoint to be continued (plain values).
+
+    Returns:
+        One row an epoch: ``epoch`` from 1, ``steps``, means of what ``loss`` gave and of ``gradient`` (its
+        norm before clipping), ``lr`` (first group, last step), ``seconds``, and what ``on_epoch`` returned.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite. The last good checkpoint is kept.
+        CheckpointError: the folder's checkpoint is damaged, was made with other settings, or is beyond
+            ``epochs``.
+        ValueError: an argument that makes no sense.
+    """
+    if epochs < 1 or batch_size < 1 or not len(dataset):
+        raise ValueError(f"{epochs} epochs of batches of {batch_size} from {len(dataset)} items")
+    fabric = _fabric(device, precision)
+    keep_memory()
+    was_training = model.training
+    optimizer = (optimizer or _adamw)(model)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    recipe = {
+        "batch_size": batch_size,
+        "clip": clip,
+        "precision": precision,
+        "seed": seed,
+        "loss": _name(loss),
+        "schedule": _name(schedule),
+        "sampler": _name(sampler),
+        "dataset": {"items": len(dataset), "fingerprint": getattr(dataset, "fingerprint", None)},
+        "model": _shape(model),
+        "optimizer": _hyperparameters(model, optimizer),
+        "settings": settings or {},
+    }
+    network, stepper = fabric.setup(model, optimizer)
+    checkpoints = Checkpoints(folder, recipe, writes=fabric.is_global_zero)
+    if not resume:
+        checkpoints.clear()
+    fabric.barrier()
+    progress = checkpoints.load(model, optimizer)
+    if (progress.epoch, progress.step) > (epochs, 0):
+        raise CheckpointError(
+            f"{checkpoints.latest()}: beyond epochs = {epochs}; ask for more, or resume=False"
+        )
+
+    with _generator_kept(fabric), _bar(fabric) as bar:
+        while progress.epoch < epochs and not (stop and progress.rows and stop(progress.rows[-1])):
+            _tell_epoch(progress.epoch, dataset, sampler, loss)
+            batches = epoch_batches(len(dataset), batch_size, sampler, seed=seed, epoch=progress.epoch)
+            meter = _Meter(fabric, progress, bar, epochs, len(batches))
+            model.train()
+            for batch in _seeded(fabric, dataset, batches, progress, seed=seed, workers=workers):
+                factor = schedule(progress.epoch + progress.step / len(batches)) if schedule else 1.0
+                _set_rates(optimizer, rates, factor)
+                values = loss(network(batch["image"]), batch)
+                values = values if isinstance(values, dict) else {"loss": values}
+                fabric.backward(values["loss"])
+                norm = fabric.clip_gradients(
+                    network, stepper, max_norm=math.inf if clip is None else clip, error_if_nonfinite=False
+                )
+                meter.add(values | {"gradient": norm})
+                stepper.step()
+                stepper.zero_grad()
+                progress.step += 1
+                if (
+                    checkpoint_every
+                    and progress.step % checkpoint_every == 0
+                    and progress.step < len(batches)
+                ):
+                    meter.read()
+                    checkpoints.save(model, optimizer, progress)
+            row = meter.finish() | {
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": round(progress.seconds, 2),
+            }
+            if on_epoch:
+                found = on_epoch(model, dict(row)) if fabric.is_global_zero else None
+                row |= _plain(fabric.broadcast(found) or {})
+            progress = Progress(epoch=progress.epoch + 1, rows=[*progress.rows, row])
+            if best:
+                checkpoints.save_best(model, progress, best)
+            checkpoints.save(model, optimizer, progress)
+    model.train(was_training)
+    return pd.DataFrame(progress.rows)
+
+
+def epoch_batches(
+    count: int, batch_size: int, sampler: Iterable | None = None, *, seed: int, epoch: int
+) -> list[list[int]]:
+    """Return the batches of an epoch, a function of (seed, epoch) alone: see ``fit``."""
+    if sampler is None:
+        order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    else:
+        torch.manual_seed(_draw_seed(seed, epoch))
+        order = list(sampler)
+    if not order:
+        raise ValueError("the sampler gave nothing")
+    if not isinstance(order[0], int | np.integer):
+        return [list(batch) for batch in order]
+    order = [int(index) for index in order]
+    return [order[i : i + batch_size] for i in range(0, max(len(order) - batch_size, 0) + 1, batch_size)]
+
+
+class Checkpoints:
+    """The last good state of a run, in ``folder/checkpoints/EPOCH-STEP/``, and its ``log.csv``.
+
+    A checkpoint is written under another name, then renamed as a whole; only then is the one before
+    removed. It holds ``model.safetensors``, ``optimizer.safetensors`` (a tensor for each parameter and
+    quantity), ``state.json`` (progress and recipe) and ``crc32.json``, the checksums of these three.
+    """
+
+    FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+    def __init__(self, folder: Path | None, recipe: dict, writes: bool = True):
+        self.folder = None if folder is None else Path(folder)
+        self.recipe = json.loads(json.dumps(recipe, default=str))
+        self.writes = writes and folder is not None
+
+    def latest(self) -> Path | None:
+        """Return the newest checkpoint's folder, None when there is none."""
+        if self.folder is None:
+            return None
+        found = (self.folder / "checkpoints").glob("[0-9]*-[0-9]*")
+        return max(found, default=None, key=lambda path: path.name)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left."""
+        if self.writes:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            for name in ("log.csv", "best.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+        """Write a checkpoint, then the log."""
+        if not self.writes:
+            return
+        home = self.folder / "checkpoints"
+        part = home / f".{os.getpid()}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        tensors, numbers = _optimizer_state(model, optimizer)
+        state = {"progress": asdict(progress), "recipe": self.recipe, "optimizer": numbers}
+        _write_tensors(model.state_dict(), part / "model.safetensors")
+        _write_tensors(tensors, part / "optimizer.safetensors")
+        (part / "state.json").write_text(json.dumps(state, indent=1))
+        (part / "crc32.json").write_text(
+            json.dumps({name: _crc32(part / name) for name in self.FILES}, indent=1)
+        )
+        for path in part.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        final = home / f"{progress.epoch:05d}-{progress.step:07d}"
+        os.replace(part, final)
+        for old in home.iterdir():
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+        self._write_log(progress)
+
+    def save_best(self, model: nn.Module, progress: Progress, name: str) -> None:
+        """Keep the weights apart, if the last row is the highest in what is logged as ``name``."""
+        if name not in progress.rows[-1]:
+            raise ValueError(f"best = {name!r}: the log has {', '.join(progress.rows[-1])}")
+        if self.writes and progress.rows[-1][name] >= max(row[name] for row in progress.rows):
+            save_weights(model, self.folder / "best.safetensors")
+
+    def load(self, model: nn.Module, optimizer: Optimizer) -> Progress:
+        """Put the latest checkpoint into the model and the optimizer; without one, change nothing.
+
+        Raises:
+            CheckpointError: a file of it is missing or damaged, or it was made by another recipe.
+        """
+        latest = self.latest()
+        if latest is None:
+            return Progress()
+        path = latest / "crc32.json"
+        try:
+            checksums = json.loads(path.read_text())
+            for name in self.FILES:
+                path = latest / name
+                if _crc32(path) != checksums[name]:
+                    raise ValueError("its checksum is wrong")
+            state = json.loads(path.read_text())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: damaged ({error}); remove {latest}, or start again with resume=False"
+            ) from error
+        if differences := list(_differences(state["recipe"], self.recipe)):
+            raise CheckpointError(
+                f"{latest}: made with other settings ({'; '.join(differences)}); "
+                "use another folder, or start again with resume=False"
+            )
+        model.load_state_dict(load_file(latest / "model.safetensors"), strict=True)
+        _restore_optimizer(model, optimizer, load_file(latest / "optimizer.safetensors"), state["optimizer"])
+        progress = Progress(**state["progress"])
+        self._write_log(progress)
+        return progress
+
+    def _write_log(self, progress: Progress) -> None:
+        if self.writes and progress.rows:
+            with replacing(self.folder / "log.csv") as part:
+                pd.DataFrame(progress.rows).to_csv(part, index=False)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights and buffers as safetensors, all or nothing."""
+    with replacing(Path(path)) as part:
+        _write_tensors(model.state_dict(), part)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read what ``save_weights`` wrote, or a checkpoint's or a run's best, into a model of the same shape.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another model.
+    """
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory for the next step.
+
+    It saves the page faults of a network's large buffers: little of the time at 64 x 128 pixels, a fifth at
+    96 x 192, a third at 128 x 256 (EfficientNet-Lite0, batch 32, one core).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 1 << 28)
+
+
+class _Meter:
+    """Sums of what a step gives, kept on the device: reading them makes the CPU wait for the GPU."""
+
+    def __init__(self, fabric: Fabric, progress: Progress, bar: tqdm, epochs: int, steps: int):
+        self.fabric, self.progress, self.bar = fabric, progress, bar
+        self.sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=fabric.device)
+            for name, value in progress.sums.items()
+        }
+        self.began = time.monotonic() - progress.seconds
+        self.every = 1 if fabric.device.type == "cpu" else 20
+        bar.total = epochs * steps
+        bar.n = progress.epoch * steps + progress.step
+        bar.set_description(f"Epoch {progress.epoch + 1} of {epochs}")
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+        if self.progress.step % self.every == 0:
+            self._check()
+        self.bar.update()
+
+    def read(self) -> None:
+        """Bring the progress up to date: sums (means over the processes) and seconds."""
+        self._check()
+        self.sums = {
+            name: self.fabric.all_reduce(value, reduce_op="mean") for name, value in self.sums.items()
+        }
+        self.progress.sums = {name: value.item() for name, value in self.sums.items()}
+        self.progress.seconds = time.monotonic() - self.began
+
+    def finish(self) -> dict[str, Any]:
+        """Return the epoch's means."""
+        self.read()
+        means = {name: total / self.progress.step for name, total in self.progress.sums.items()}
+        return {"epoch": self.progress.epoch + 1, "steps": self.progress.step, **means}
+
+    def _check(self) -> None:
+        for name in ("loss", "gradient"):
+            if not math.isfinite(value := self.sums[name].item()):
+                raise TrainingError(
+                    f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1} or just before: "
+                    f"{name} is {value}. The last good checkpoint, if any, is kept."
+                )
+
+
+def _fabric(device: str, precision: str) -> Fabric:
+    if device not in ("auto", "cpu", "cuda") or precision not in PRECISIONS:
+        raise ValueError(
+            f"device = {device!r}, precision = {precision!r}: choose auto, cpu or cuda; {PRECISIONS}"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', but torch finds no CUDA device here")
+    if device == "cpu" and precision == "bf16-mixed" and not torch.cpu._is_avx512_bf16_supported():
+        raise ValueError(
+            "precision = 'bf16-mixed': this CPU has no bfloat16 instructions and would take ten times longer"
+        )
+    processes, nodes = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    strategy = "ddp" if processes * nodes > 1 else "auto"
+    fabric = Fabric(
+        accelerator=device, devices=processes, num_nodes=nodes, strategy=strategy, precision=precision
+    )
+    fabric.launch()
+    return fabric
+
+
+def _generator_kept(fabric: Fabric) -> AbstractContextManager:
+    """Give torch's generator back as it was."""
+    return torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else [])
+
+
+def _bar(fabric: Fabric) -> tqdm:
+    quiet = {} if fabric.is_global_zero else {"disable": True}  # else as TQDM_DISABLE says
+    return tqdm(desc="Training", unit="step", leave=False, **quiet)
+
+
+def _tell_epoch(epoch: int, *parts: object) -> None:
+    for part in parts:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+def _set_rates(optimizer: Optimizer, rates: list[float], factor: float) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return numbers of Python in place of numpy's and torch's."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+
+
+def _adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+
+
+def _seeded(
+    fabric: Fabric, dataset: Dataset, batches: list[list[int]], progress: Progress, *, seed: int, workers: int
+) -> Iterator[dict]:
+    """Yield this process's share of each batch still to come, torch being seeded for it."""
+    rank, processes = fabric.global_rank, fabric.world_size
+    share = [batch[rank::processes] for batch in batches[progress.step :]]
+    if any(len(batch) % processes for batch in batches):
+        raise ValueError(f"batches of {len(batches[0])} can't be shared by {processes} processes")
+    on_gpu = fabric.device.type == "cuda"
+    loader = DataLoader(
+        dataset, batch_sampler=share, num_workers=workers, pin_memory=on_gpu, worker_init_fn=_start_worker
+    )
+    batches_to_come = iter(loader)
+    for step in range(progress.step, len(batches)):
+        torch.manual_seed(_draw_seed(seed, progress.epoch, step, rank))
+        yield fabric.to_device(next(batches_to_come))
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # the workers are the threads
+
+
+def _draw_seed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def _name(thing: object) -> object:
+    if isinstance(thing, functools.partial):
+        return {"function": _name(thing.func), "arguments": [*thing.args, thing.keywords]}
+    return None if thing is None else getattr(thing, "__name__", type(thing).__name__)
+
+
+def _shape(model: nn.Module) -> dict[str, object]:
+    tensors = {name: [*value.shape, str(value.dtype)] for name, value in model.state_dict().items()}
+    digest = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()[:16]
+    return {"class": type(model).__name__, "tensors": len(tensors), "shapes": digest}
+
+
+def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Return the names of the optimizer's parameters, in its order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in names for parameter in parameters):
+        raise ValueError(
+            "the optimizer holds a parameter that is not the model's, so no checkpoint would keep it"
+        )
+    return [names[id(parameter)] for parameter in parameters]
+
+
+def _hyperparameters(model: nn.Module, optimizer: Optimizer) -> dict[str, object]:
+    digest = hashlib.sha256(json.dumps(_parameter_names(model, optimizer)).encode()).hexdigest()[:16]
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    return {"class": type(optimizer).__name__, "parameters": digest, "groups": groups}
+
+
+def _optimizer_state(
+    model: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Return the optimizer's tensors and its other values, both by "parameter.quantity"."""
+    names = _parameter_names(model, optimizer)
+    state = {
+        f"{names[index]}.{key}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: value for name, value in state.items() if name not in tensors}
+
+
+def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict, numbers: dict) -> None:
+    places = {name: index for index, name in enumerate(_parameter_names(model, optimizer))}
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in (tensors | numbers).items():
+        parameter, key = name.rsplit(".", 1)
+        state.setdefault(places[parameter], {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                # The file keeps no memory layout, and another layout may round otherwise.
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _differences(old: object, new: object, name: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for place, pair in enumerate(zip(old, new, strict=True)):
+            yield from _differences(*pair, f"{name}[{place}]")
+    elif old != new:
+        yield f"{name}: {old} there, {new} here"
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def _crc32(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            total = zlib.crc32(block, total)
+    return total
