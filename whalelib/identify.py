@@ -1,0 +1,219 @@
+"""From embeddings to five guesses: cosine neighbours, and ``new_whale`` where none is near enough.
+
+Sections 1 and 5.4 of the report. Whatever the network, this is how the course names a whale.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from whalelib.data.photographs import Photographs
+from whalelib.metrics import GUESSES, NEW_WHALE
+from whalelib.train import keep_memory
+
+if TYPE_CHECKING:
+    from whalelib.data.catalog import Catalog
+
+NEW_SHARE = 0.276  # of the competition's test photographs, as its best teams inferred it
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, photographs: Photographs, *, batch_size: int = 64) -> np.ndarray:
+    """Return the photographs' embeddings, without augmentation, on the device where the model is.
+
+    Args:
+        model: has ``embed(images (N, 3, H, W)) -> (N, D)``. It runs in evaluation mode and is left as it was.
+        photographs: N of them.
+        batch_size: images at a time.
+
+    Returns:
+        (N, D) float32, rows of length 1.
+    """
+    keep_memory()
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        loader = tqdm(DataLoader(photographs.plain(), batch_size=batch_size), "Embedding", leave=False)
+        rows = [nn.functional.normalize(model.embed(batch["image"].to(device)).float()) for batch in loader]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.cat(rows).cpu().numpy()
+
+
+def identity_similarity(
+    queries: np.ndarray, gallery: np.ndarray, gallery_identity, *, chunk: int = 512
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how near each query is to each identity: the cosine of its nearest photograph.
+
+    Args:
+        queries: (Q, D) unit rows.
+        gallery: (G, D) unit rows.
+        gallery_identity: (G,) identities; rows of ``new_whale`` or without one are left out.
+        chunk: queries at a time, which bounds the memory: chunk x G floats.
+
+    Returns:
+        (Q, C) float32 similarities and (C,) identities, sorted.
+
+    Raises:
+        ValueError: lengths differ, or no row of the gallery has an identity.
+    """
+    identity = np.asarray(gallery_identity, dtype=object)
+    if identity.shape != (len(gallery),):
+        raise ValueError(f"{len(gallery)} rows of the gallery, {identity.shape} identities")
+    named = np.flatnonzero(~pd.isna(identity) & (identity != NEW_WHALE))
+    if not len(named):
+        raise ValueError("no photograph of the gallery has an identity")
+    identities, place = np.unique(identity[named].astype(str), return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    first = np.searchsorted(place[order], np.arange(len(identities)))
+    columns = np.asarray(gallery, dtype=np.float32)[named[order]].T
+    similarity = np.empty((len(queries), len(identities)), dtype=np.float32)
+    for start in range(0, len(queries), chunk):
+        rows = slice(start, start + chunk)
+        np.maximum.reduceat(
+            np.asarray(queries[rows], dtype=np.float32) @ columns, first, axis=1, out=similarity[rows]
+        )
+    return similarity, identities
+
+
+def top5(similarity: np.ndarray, identities, threshold: float) -> np.ndarray:
+    """Return each query's five guesses, with ``new_whale`` before the first identity below the threshold.
+
+    As the third solution places it (section 5.4): once, and not at all where five identities reach the
+    threshold. Of identities equally near, the one that ``identities`` lists first comes first.
+
+    Args:
+        similarity: (Q, C).
+        identities: (C,).
+        threshold: in units of the similarity.
+
+    Returns:
+        (Q, 5) objects: str, best first. With fewer than five identities ``new_whale`` comes after them at the
+        latest, and None fills the row.
+
+    Raises:
+        ValueError: lengths differ, no identities, or a similarity that is NaN.
+    """
+    nearest, place = _nearest(similarity, identities)
+    found = place.shape[1]
+    names = np.array([*np.asarray(identities, dtype=object), NEW_WHALE, None], dtype=object)
+    above = (nearest >= threshold).sum(axis=1, keepdims=True)
+    rank = np.arange(GUESSES)
+    guesses = np.pad(place, ((0, 0), (0, GUESSES - found)), constant_values=len(names) - 1)
+    shifted = np.take_along_axis(guesses, rank - (rank > above), axis=1)
+    return names[np.where(rank == above, len(names) - 2, shifted)]
+
+
+def threshold_curve(
+    similarity: np.ndarray, identities, truth, new_share: float = NEW_SHARE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return MAP@5 at every threshold that makes a difference, exactly.
+
+    Args:
+        similarity: (Q, C) of labelled queries.
+        identities: (C,).
+        truth: (Q,) right answers; whatever is not in ``identities`` counts as ``new_whale``.
+        new_share: share of ``new_whale`` to weight the queries to: a held-out set seldom has the contest's.
+
+    Returns:
+        Thresholds (T,), falling, one between each two neighbouring similarities, and the MAP@5 (T,) of each.
+
+    Raises:
+        ValueError: as ``top5``; or new or known whales have a weight but no query.
+    """
+    nearest, place = _nearest(similarity, identities)
+    names = np.asarray(identities, dtype=object)
+    truth = np.asarray(truth, dtype=object)
+    if truth.shape != (len(nearest),):
+        raise ValueError(f"{len(nearest)} queries, right answers of shape {truth.shape}")
+    if unlabelled := pd.isna(truth).sum():
+        raise ValueError(f"{unlabelled} of {len(truth)} queries have no right answer")
+    if not 0 <= new_share <= 1:
+        raise ValueError(f"new_share = {new_share}: give a share from 0 to 1")
+    new = ~np.isin(truth.astype(str), names.astype(str))
+    for group, share, rows in (("new", new_share, new.sum()), ("known", 1 - new_share, (~new).sum())):
+        if share and not rows:
+            raise ValueError(f"no query of a {group} whale, but new_share = {new_share} gives them a weight")
+    weight = np.where(new, new_share / max(new.sum(), 1), (1 - new_share) / max((~new).sum(), 1))[:, None]
+    # A threshold that falls past a query's r-th similarity moves new_whale from rank r to r + 1 and the
+    # r-th identity from r + 1 to r; a guess at rank r is worth 1 / r, beyond the fifth nothing.
+    worth = np.append(1 / np.arange(1, GUESSES + 1), 0)[: nearest.shape[1] + 1]
+    gain = worth[:-1] - worth[1:]
+    right = names[place] == truth[:, None]
+    change = weight * np.where(new[:, None], -gain, gain * right)
+    start = (weight[:, 0] * new).sum() + (weight * right * worth[1:]).sum()
+    values, where = np.unique(nearest, return_inverse=True)
+    steps = np.bincount(where.ravel(), change.ravel(), len(values))
+    telling = steps != 0 if steps.any() else np.ones(len(steps), dtype=bool)
+    values, steps = values[telling][::-1], steps[telling][::-1]
+    ends = np.nextafter(values[[0, -1]], [np.inf, -np.inf])
+    thresholds = np.concatenate([ends[:1], (values[:-1] + values[1:]) / 2, ends[1:]])
+    return thresholds, start + np.append(0, np.cumsum(steps))
+
+
+def choose_threshold(similarity: np.ndarray, identities, truth, new_share: float = NEW_SHARE) -> float:
+    """Return the threshold with the highest MAP@5 on labelled queries; arguments as ``threshold_curve``.
+
+    Take queries that the network was not trained on: to those it was, their own whale is nearer than it
+        will ever be.
+    """
+    thresholds, scores = threshold_curve(similarity, identities, truth, new_share)
+    return float(thresholds[scores.argmax()])
+
+
+def hold_out(
+    catalog: "Catalog", share: float = 0.1, new: float = 1.0, seed: int = 0
+) -> tuple["Catalog", "Catalog"]:
+    """Split labelled photographs into those to train on and those to choose a threshold with.
+
+    Args:
+        catalog: labelled.
+        share: of the photographs of known whales to hold out: one each of as many whales as that makes,
+            drawn among those with two or more, so that each held out has its whale among the rest.
+        new: share of the ``new_whale`` photographs to hold out; a loss over identities has no use for them.
+        seed: of the draw.
+
+    Returns:
+        The rest and the held out.
+    """
+    generator = np.random.default_rng([seed, len(catalog)])
+    identity = catalog.table["identity"].reset_index(drop=True)
+    known = identity[identity.notna() & (identity != NEW_WHALE)]
+    shuffled = known.iloc[generator.permutation(len(known))]
+    one_each = shuffled[known.map(known.value_counts())[shuffled.index] > 1].drop_duplicates()
+    strangers = generator.permutation(np.flatnonzero(identity == NEW_WHALE))
+    held = np.zeros(len(identity), dtype=bool)
+    held[one_each.index[: round(share * len(known))]] = True
+    held[strangers[: round(new * len(strangers))]] = True
+    return catalog.where(~held), catalog.where(held)
+
+
+def _nearest(similarity: np.ndarray, identities) -> tuple[np.ndarray, np.ndarray]:
+    """Return the similarities (Q, k) float64 and places (Q, k) of each query's nearest k <= 5 identities."""
+    similarity = np.asarray(similarity)
+    if similarity.ndim != 2 or similarity.shape[1] != len(identities) or not len(identities):
+        raise ValueError(f"similarity of shape {similarity.shape} for {len(identities)} identities")
+    if NEW_WHALE in set(identities):
+        raise ValueError(f"{NEW_WHALE} is no identity: the threshold places it")
+    count = min(GUESSES, len(identities))
+    place = np.empty((len(similarity), count), dtype=np.int64)
+    nearest = np.empty((len(similarity), count))
+    for start in range(0, len(similarity), 1024):
+        chunk = np.array(similarity[start : start + 1024], dtype=np.result_type(similarity, np.float32))
+        if not np.isfinite(chunk).all():
+            raise ValueError(
+                f"similarities that are not finite, among queries {start} to {start + len(chunk) - 1}"
+            )
+        rows = np.arange(len(chunk))
+        for rank in range(count):  # argmax keeps the first of equals, a partial sort does not
+            best = chunk.argmax(axis=1)
+            place[start + rows, rank], nearest[start + rows, rank] = best, chunk[rows, best]
+            chunk[rows, best] = -np.inf
+    return nearest, place
