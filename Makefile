@@ -81,8 +81,8 @@ $(PYTHON):
 
 install: $(PYTHON)
 	@if [ "$$(cat "$(STAMP)" 2>/dev/null)" = '$(STATE)' ]; then exit 0; fi; \
-	if [ -e "$(STAMP)" ]; then quiet=--quiet; else quiet=; fi; \
-	echo 'environment: installing the dependencies (new: a few minutes and about 6 GB, most of it torch)'; \
+	if [ -e "$(STAMP)" ]; then quiet=--quiet; echo 'environment: bringing it up to date'; \
+	else quiet=; echo 'environment: installing the dependencies (a few minutes and about 6 GB, most of it torch)'; fi; \
 	if ! $(PYTHON) -m pip install $$quiet -e '.[course,test]' -c constraints.txt; then \
 	  echo 'environment: the tested versions are not offered here; trying another torch that pyproject.toml allows'; \
 	  grep -Ev '$(UNTESTED)' constraints.txt > "$(VENV)/constraints.txt"; \

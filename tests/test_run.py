@@ -14,7 +14,7 @@ import pytest
 import whalelib
 from whalelib import ledger
 from whalelib.ledger import LEDGER_COLUMNS, LedgerError, append_ledger, commit_of, read_ledger, read_rows
-from whalelib.run import Run, Settings, figures_folder, start
+from whalelib.run import Run, Settings, figures_folder, sources_hash, start
 
 
 @pytest.fixture
@@ -74,6 +74,19 @@ def test_labels_tell_settings_apart(animals, tmp_path):
     choices = [Settings(), Settings(seed=1), Settings(profile="paper"), Settings(edition="as_shipped")]
     choices += [Settings(data=str(animals)), Settings(data=str(other))]
     assert len({choice.label for choice in choices}) == len(choices)
+
+
+def test_sources_are_told_apart_but_for_what_is_left_out(monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    (package / "course").mkdir(parents=True)
+    monkeypatch.setattr("whalelib.run.__file__", str(package / "run.py"))
+    seen = []
+    for path in ("run.py", "course/pages.py", "table.csv", "notes.txt"):
+        (package / path).write_text(path)
+        seen.append((sources_hash("course/"), sources_hash()))
+    apart, whole = zip(*seen, strict=True)
+    assert apart[0] == apart[1] != apart[2] == apart[3]
+    assert len({*whole[:3]}) == 3
 
 
 # ---- starting

@@ -149,7 +149,7 @@ def execute(notebook: Notebook, settings: Settings, build: Path, key: str, on_ce
         try:
             _papermill(notebook, {**asdict(settings), "data": settings.source}, part, on_cell)
         except Exception as error:
-            outcome.error = {"type": type(error).__name__, "message": _first_line(error)}
+            outcome.error = {"type": type(error).__name__, "message": first_line(error)}
         node = _read_executed(part, notebook)
         _judge(node, outcome)
         outcome.seconds = round(time.monotonic() - began, 1)
@@ -209,7 +209,7 @@ def _judge(node: nbformat.NotebookNode, outcome: Outcome) -> None:
     for place, cell in code:
         for output in cell.outputs:
             if output.output_type == "error" and not (outcome.ok and output.ename == "SystemExit"):
-                message = _first_line(output.evalue)
+                message = first_line(output.evalue)
                 outcome.error = {"cell": place, "type": output.ename, "message": message}
                 return
     if not outcome.ok:
@@ -230,7 +230,8 @@ def _tags(cell: nbformat.NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-def _first_line(message: object) -> str:
+def first_line(message: object) -> str:
+    """Return the first line of an error's message."""
     lines = str(message).strip().splitlines()
     return lines[0][:300] if lines else ""
 

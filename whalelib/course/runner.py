@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from whalelib.course import pages
-from whalelib.course.execute import Outcome, execute, key_of, load, up_to_date
+from whalelib.course.execute import Outcome, execute, first_line, key_of, load, up_to_date
 from whalelib.course.notebooks import CourseError, Notebook
 from whalelib.course.results import write_results
 from whalelib.ledger import ledger_path, read_rows
@@ -90,7 +90,7 @@ class Course:
             if not kept or not pages.up_to_date(self.build, notebook):
                 pages.write_page(self.build, notebook, outcome, self.everything)
         except Exception as error:
-            outcome.error = outcome.error or {"type": "PageNotRendered", "message": str(error)}
+            outcome.error = outcome.error or {"type": "PageNotRendered", "message": first_line(error)}
         seconds = f"{outcome.seconds:.1f} s"
         if outcome.ok:
             line.end(f"up to date (took {seconds})" if kept else f"ok {seconds}")
