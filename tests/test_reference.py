@@ -45,6 +45,16 @@ def test_committed_facts_are_the_recomputed_ones():
     pd.testing.assert_frame_equal(recompute.facts(REFERENCE), committed, check_dtype=False, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [f"table 2.{n}" for n in range(1, 5)]
+    + ["facts", "class_sizes", "image_sizes", "contrast_histogram", "bad_photographs"],
+)
+def test_what_notebooks_say_of_the_numbers(name):
+    equal, cells = re.search(r"(\d+) of (\d+) cells equal", report.provenance(name, REFERENCE)).groups()
+    assert equal == cells
+
+
 def test_errata_of_chapter_2_as_shares():
     facts = report.facts()
     assert facts.loc["share of widths 970 to 1150 pixels", ["train", "test"]].round(3).tolist() == [

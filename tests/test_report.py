@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whalelib import report
+from whalelib.data.world.photograph import SPECIALS
 from whalelib.report import chapter2
 
 ROOT = Path(__file__).parent.parent
@@ -216,12 +217,33 @@ def test_published_runs():
     assert runs["MAP@5"].between(0.69, 0.99).all()
 
 
+def test_bad_photographs():
+    shown = report.bad_photographs()
+    figures = [item for item in report.INDEX["item"] if item[:8] in ("figure 2", "figure A")]
+    assert shown["item"].tolist() == [
+        item for item in figures if item not in ("figure 2.1", "figure 2.2", "figure 2.3")
+    ]
+    assert shown["image"].is_unique and shown["image"].str.fullmatch(r"[0-9a-f]{9}\.jpg").all()
+    assert set(shown["kind"]) <= set(SPECIALS)
+
+
+def test_provenance_tells_quoted_from_derived(monkeypatch):
+    assert "not at hand" in report.provenance("table 2.1")
+    again = report.table("2.1")
+    monkeypatch.setattr(report.recompute, "table_2_1", lambda reference: again)
+    assert "9 of 9 cells equal" in report.provenance("table 2.1", Path())
+    again = again.replace(7960, 7961)
+    assert "8 of 9 cells equal" in report.provenance("table 2.1", Path())
+    again = again[:2]
+    assert "other rows" in report.provenance("table 2.1", Path())
+
+
 def test_data_files_are_small():
     folder = resources.files("whalelib.report")
     files = [
         path for part in (folder, folder / "tables") for path in part.iterdir() if path.name.endswith(".csv")
     ]
-    assert len(files) == 24
+    assert len(files) == 25
     for path in files:
         assert len(path.read_bytes()) < 30_000, path.name
 

@@ -11,7 +11,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from whalelib.data import PhotographError, images, open_catalog, photograph_statistics, read_image, statistics
+from whalelib.data import (
+    PhotographError,
+    images,
+    open_catalog,
+    photograph_statistics,
+    read_image,
+    sharpness,
+    statistics,
+)
 
 module = sys.modules["whalelib.data.statistics"]
 
@@ -266,6 +274,18 @@ def test_a_large_photograph_in_bounded_memory(tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path / name)]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         assert float(out[0]) == mean and float(out[1]) < 400, f"{name}: {out[1]} MB"
+
+
+def test_sharpness_falls_with_blur_and_is_the_variance_of_the_laplacian(tmp_path):
+    (tmp_path / "w_1").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)
+    for name, sigma in enumerate((0.01, 1, 3)):
+        Image.fromarray(cv2.GaussianBlur(pixels, (0, 0), sigma)).save(tmp_path / "w_1" / f"{name}.png")
+    found = sharpness(open_catalog(tmp_path), size=(40, 60), workers=2)
+    assert found.shape == (3,) and found[0] > found[1] > found[2] > 0
+    x = np.pad(pixels.astype(float), 1, mode="reflect")
+    laplacian = x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:] - 4 * x[1:-1, 1:-1]
+    assert found[0] == pytest.approx(laplacian.var())
 
 
 def test_not_slower_than_the_plain_loop(tmp_path):

@@ -204,3 +204,10 @@ def test_whales_run_from_nearly_black_to_nearly_white():
 
 def test_no_picture_leaves_its_folder(tiny):
     assert all(Path(name).name == name for name in pd.read_csv(tiny / "train.csv").Image)
+
+
+def test_specials_are_the_plan_s(tiny):
+    kinds = world.specials(tiny)
+    photographs = pd.read_csv(tiny / "truth" / "photographs.csv")
+    assert kinds.to_dict() == dict(zip(photographs.image, photographs.special, strict=True))
+    assert set(kinds) <= set(SPECIALS)

@@ -3,7 +3,7 @@
 from whalelib.data.catalog import Catalog, CatalogError, open_catalog
 from whalelib.data.images import PhotographError, read_image
 from whalelib.data.layouts import NEW_WHALE
-from whalelib.data.statistics import photograph_statistics, statistics
+from whalelib.data.statistics import photograph_statistics, sharpness, statistics
 
 __all__ = [
     "NEW_WHALE",
@@ -13,5 +13,6 @@ __all__ = [
     "open_catalog",
     "photograph_statistics",
     "read_image",
+    "sharpness",
     "statistics",
 ]

@@ -18,6 +18,7 @@ from whalelib.report import chapter2, recompute
 __all__ = [
     "INDEX",
     "TO_COME",
+    "bad_photographs",
     "chapter2",
     "claim_problems",
     "claims",
@@ -28,6 +29,7 @@ __all__ = [
     "image_sizes",
     "image_sizes_like",
     "image_sizes_rest",
+    "provenance",
     "published_runs",
     "recompute",
     "table",
@@ -201,3 +203,37 @@ def _size_inside(step, taken: set[tuple[int, int]], rng: np.random.Generator) ->
 def contrast_histogram() -> pd.DataFrame:
     """Figure 2.3: ten equal steps of contrast (grey levels) a split: split, low, high, photographs."""
     return _read("contrast_histogram.csv")
+
+
+def bad_photographs() -> pd.DataFrame:
+    """The photographs of section 2.3 and appendix A: item, image, identity, shows, kind.
+
+    `image` (the file's name) and `identity` are the competition's; `kind` is the nearest kind of photograph in
+    the generated world, as `whalelib.data.world.specials` names it.
+    """
+    return _read("bad_photographs.csv", dtype=str)
+
+
+def provenance(name: str, reference: Path | None = None) -> str:
+    """Where the competition's numbers come from, as a sentence; those derived again are compared.
+
+    Args:
+        name: "table 2.1" to "table 2.4", or a function here and in `recompute`: "facts", "class_sizes",
+            "image_sizes", "contrast_histogram", "bad_photographs".
+        reference: folder with the authors' own files; None where it is not at hand.
+    """
+    kept = table(name.removeprefix("table ")) if name.startswith("table ") else globals()[name]()
+    if reference is None:
+        return f"{name}: quoted as kept in whalelib.report; the authors' files are not at hand."
+    derived = getattr(recompute, name.replace(" ", "_").replace(".", "_"))(reference)
+    if name == "facts":
+        derived = derived.set_index("fact")
+        kept = kept[list(derived)]
+    if kept.shape != derived.shape:
+        return (
+            f"{name}: derived again from the authors' files, with other rows: {kept.shape}, {derived.shape}"
+        )
+    kept, derived = kept.to_numpy(dtype=object), derived.to_numpy(dtype=object)
+    empty = pd.isna(kept) & pd.isna(derived)
+    equal, cells = int(((kept == derived) & ~empty).sum()), int((~empty).sum())
+    return f"{name}: derived again from the authors' files; {equal} of {cells} cells equal what is kept."

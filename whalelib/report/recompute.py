@@ -26,6 +26,15 @@ def identities(reference: Path) -> pd.Series:
     return pd.read_csv(Path(reference) / "competition" / "train.csv")["Id"]
 
 
+def bad_photographs(reference: Path) -> pd.DataFrame:
+    """`whalelib.report.bad_photographs` with each identity as the training labels have it."""
+    from whalelib import report  # noqa: PLC0415
+
+    labels = pd.read_csv(Path(reference) / "competition" / "train.csv", index_col="Image")["Id"]
+    shown = report.bad_photographs()
+    return shown.assign(identity=shown["image"].map(labels))
+
+
 def image_size_counts(reference: Path) -> pd.DataFrame:
     """Columns split, width, height, photographs: every size of the 33,321 photographs."""
     folder = Path(reference) / "data_analysis" / "image-sizes"

@@ -173,3 +173,11 @@ def faults(folder):
     "duplicate" (image is a copy of other), "leak" (an earlier contest's image, copy of the test photograph other).
     """
     return pd.read_csv(Path(folder) / "hidden" / "faults.csv", keep_default_na=False)
+
+
+def specials(folder):
+    """What is unusual about each photograph of a world: a Series of kinds by image, "plain" for most.
+
+    Kinds: SPECIALS, section 2.3's and appendix A's. Raises FileNotFoundError where there is no truth.
+    """
+    return pd.read_csv(Path(folder) / "truth" / "photographs.csv", index_col="image")["special"]
