@@ -48,7 +48,7 @@ def test_committed_facts_are_the_recomputed_ones():
 @pytest.mark.parametrize(
     "name",
     [f"table 2.{n}" for n in range(1, 5)]
-    + ["facts", "class_sizes", "image_sizes", "contrast_histogram", "bad_photographs"],
+    + ["facts", "class_sizes", "image_sizes", "diagonals", "contrast_histogram", "bad_photographs"],
 )
 def test_what_notebooks_say_of_the_numbers(name):
     equal, cells = re.search(r"(\d+) of (\d+) cells equal", report.provenance(name, REFERENCE)).groups()

@@ -227,6 +227,14 @@ def test_bad_photographs():
     assert set(shown["kind"]) <= set(SPECIALS)
 
 
+def test_diagonals():
+    diagonals = report.diagonals()
+    assert diagonals["ratio"].tolist()[:3] == [1.75, 1.5, 2.33]
+    assert (
+        diagonals["sizes"].is_monotonic_decreasing and (diagonals["photographs"] >= diagonals["sizes"]).all()
+    )
+
+
 def test_provenance_tells_quoted_from_derived(monkeypatch):
     assert "not at hand" in report.provenance("table 2.1")
     again = report.table("2.1")
@@ -243,7 +251,7 @@ def test_data_files_are_small():
     files = [
         path for part in (folder, folder / "tables") for path in part.iterdir() if path.name.endswith(".csv")
     ]
-    assert len(files) == 25
+    assert len(files) == 26
     for path in files:
         assert len(path.read_bytes()) < 30_000, path.name
 

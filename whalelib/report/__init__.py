@@ -24,6 +24,7 @@ __all__ = [
     "claims",
     "class_sizes",
     "contrast_histogram",
+    "diagonals",
     "errata",
     "facts",
     "image_sizes",
@@ -173,6 +174,14 @@ def image_sizes_rest() -> pd.DataFrame:
     return _read("image_sizes_rest.csv")
 
 
+def diagonals() -> pd.DataFrame:
+    """The ratios, width / height, that most different sizes have: ratio, sizes, photographs.
+
+    Sizes 1050 pixels wide are left out. The first three are the diagonals of Figure 2.2.
+    """
+    return _read("diagonals.csv")
+
+
 def image_sizes_like(seed: int) -> pd.DataFrame:
     """A size for each of the 33,321 photographs, distributed like the competition's.
 
@@ -219,12 +228,13 @@ def provenance(name: str, reference: Path | None = None) -> str:
 
     Args:
         name: "table 2.1" to "table 2.4", or a function here and in `recompute`: "facts", "class_sizes",
-            "image_sizes", "contrast_histogram", "bad_photographs".
+            "image_sizes", "diagonals", "contrast_histogram", "bad_photographs".
         reference: folder with the authors' own files; None where it is not at hand.
     """
     kept = table(name.removeprefix("table ")) if name.startswith("table ") else globals()[name]()
+    title = name[0].upper() + name[1:].replace("_", " ")
     if reference is None:
-        return f"{name}: quoted as kept in whalelib.report; the authors' files are not at hand."
+        return f"{title}: quoted as kept in whalelib.report; the authors' files are not at hand."
     derived = getattr(recompute, name.replace(" ", "_").replace(".", "_"))(reference)
     if name == "facts":
         derived = derived.set_index("fact")
@@ -236,4 +246,4 @@ def provenance(name: str, reference: Path | None = None) -> str:
     kept, derived = kept.to_numpy(dtype=object), derived.to_numpy(dtype=object)
     empty = pd.isna(kept) & pd.isna(derived)
     equal, cells = int(((kept == derived) & ~empty).sum()), int((~empty).sum())
-    return f"{name}: derived again from the authors' files; {equal} of {cells} cells equal what is kept."
+    return f"{title}: derived again from the authors' files; {equal} of {cells} cells equal what is kept."

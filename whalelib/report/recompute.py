@@ -118,6 +118,17 @@ def image_sizes_rest(reference: Path) -> pd.DataFrame:
     )
 
 
+def diagonals(reference: Path) -> pd.DataFrame:
+    """Columns ratio, sizes, photographs: the six ratios, width / height, that most different sizes have.
+
+    Sizes 1050 pixels wide are left out: those are the vertical line of Figure 2.2, these its diagonals.
+    """
+    sizes = _sizes_by_split(reference).sum(axis=1).rename("photographs").reset_index().query("width != 1050")
+    ratio = (sizes["width"] / sizes["height"]).round(2).rename("ratio")
+    counts = sizes.groupby(ratio)["photographs"].agg(sizes="size", photographs="sum")
+    return counts.nlargest(6, "sizes").reset_index()
+
+
 def contrast_histogram(reference: Path) -> pd.DataFrame:
     """Figure 2.3: columns split, low, high, photographs in ten equal steps a split."""
     values = contrasts(reference)
