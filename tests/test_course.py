@@ -423,6 +423,13 @@ def test_ledger_refuses_failures(ledger, capsys):
     assert [row["notebook"] for row in read_rows(ledger.ledger)] == ["01_01"]
 
 
+def test_ledger_refuses_code_that_changed_meanwhile(ledger, capsys, monkeypatch):
+    commits = iter(["0123456789ab", "ba9876543210"])
+    monkeypatch.setattr(command, "commit_of", lambda *_: next(commits))
+    assert ledger.run(capsys, "ledger", "--ledger", str(ledger.ledger))[0] == 2
+    assert read_rows(ledger.ledger) == []
+
+
 def test_ledger_rows_belong_to_what_a_page_shows(course, capsys, monkeypatch):
     write(course.notebooks, "01_01_shows", "1")
     rows = [{"notebook": "01_01", "metric": "m", "value": "1"}]

@@ -120,6 +120,10 @@ def _ledger(arguments: argparse.Namespace) -> int:
             if kept:  # an earlier run was cut off between measuring and entering
                 entered = {tuple(row[name] for name in SAME_VALUE) for row in read_rows(arguments.ledger)}
                 rows = [row for row in rows if tuple(row[name] for name in SAME_VALUE) not in entered]
+            if commit_of(project_root(), arguments.allow_dirty) != commit:
+                raise LedgerError(
+                    "the code changed while it was measured; the same command goes on from there"
+                )
             more = {"command": _command(outcome, settings), "commit": commit}
             added = append_ledger([{**row, **more} for row in rows], arguments.ledger)
             print(f"      {added} values entered" + (", the others were there already" if kept else ""))
