@@ -224,6 +224,10 @@ def test_unread_equation_is_an_error(latex):
         mathml(latex, display=True)
 
 
+def test_bar_is_drawn_above_the_letter():
+    assert '<mo stretchy="false">\N{OVERLINE}</mo>' in mathml(r"\bar X", display=False)
+
+
 def test_only_tagged_equations_are_numbered():
     assert "(1)" not in mathml(r"\begin{align} a &= b \\ c &= d \end{align}", display=True)
     assert "(4.9)" in mathml(r"h(x) = x \tag{4.9}", display=True)

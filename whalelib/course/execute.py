@@ -268,8 +268,10 @@ def refresh(notebook: Notebook, on_cell: OnCell) -> None:
     )
     client.execute()
     tidy(node)
-    node.metadata["language_info"] = {"name": "python"}
+    kept = {name: node.metadata[name] for name in ("kernelspec", "whalelib") if name in node.metadata}
+    node.metadata = nbformat.from_dict({**kept, "language_info": {"name": "python"}})
     for cell in node.cells:
-        cell.metadata.pop("execution", None)
+        tags = _tags(cell)
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
     with replacing(notebook.path) as part:
         nbformat.write(node, part)

@@ -40,9 +40,10 @@ def mathml(latex: str, display: bool) -> str:
     elif r"\tag" not in body:
         body = re.sub(r"\\(begin|end)\{(equation|align|gather|multline)\}", r"\\\1{\2*}", body)
     try:
-        return CONVERTER.convert_with_local_state(body, displaystyle=display)
+        drawn = CONVERTER.convert_with_local_state(body, displaystyle=display)
     except LatexError as error:
         raise ValueError(f"equation {latex.strip()!r}: {error}") from error
+    return drawn.replace(">\N{MACRON}</mo>", ">\N{OVERLINE}</mo>")  # browsers draw a macron into the letter
 
 
 class _Renderer(IPythonRenderer):
