@@ -211,6 +211,16 @@ def test_without_a_folder_the_same(straight):
     assert history["loss"].tolist() == log["loss"].tolist()
 
 
+def test_warm_cosine():
+    factors = [train.warm_cosine(position / 10, epochs=10, warmup=0.2) for position in range(101)]
+    assert 0 < factors[0] < 0.02
+    assert factors[-1] == pytest.approx(0)
+    assert factors.index(max(factors)) in (19, 20)
+    assert train.warm_cosine(5, epochs=10, warmup=0) == pytest.approx(0.5)
+    options = [functools.partial(train.warm_cosine, epochs=epochs) for epochs in (3, 5)]
+    assert list(train._differences(*map(train._name, options))) == ["arguments[0].epochs: 3 there, 5 here"]
+
+
 def test_another_seed_gives_another_run():
     assert run(seed=1)[1]["loss"].tolist() != run(seed=0)[1]["loss"].tolist()
 

@@ -199,6 +199,20 @@ def fit(
     return pd.DataFrame(progress.rows)
 
 
+def warm_cosine(position: float, epochs: float, warmup: float = 0.1) -> float:
+    """Return the factor of a learning rate that rises in a line, then falls to 0 along half a cosine.
+
+    For ``fit``: ``schedule=functools.partial(warm_cosine, epochs=12)``.
+
+    Args:
+        position: in epochs.
+        epochs: where it ends.
+        warmup: share of the epochs that the rise takes.
+    """
+    rise = min(1.0, 0.01 + position / (warmup * epochs)) if warmup else 1.0
+    return rise * 0.5 * (1 + math.cos(math.pi * min(position / epochs, 1.0)))
+
+
 def epoch_batches(
     count: int, batch_size: int, sampler: Iterable | None = None, *, seed: int, epoch: int
 ) -> list[list[int]]:
@@ -528,7 +542,7 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict, nu
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape == parameter.shape:
                 # The file keeps no memory layout, and another layout may round otherwise.
                 values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
