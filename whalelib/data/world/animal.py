@@ -165,12 +165,12 @@ def _pigment(rng, habit):
     coarse, fine = smooth_noise(rng, TEXTURE_SIZE, 6, 3, 1.3), smooth_noise(rng, TEXTURE_SIZE, 36, 3, 1.7)
     fields = []
     for _ in range(2):
-        lean = habit["white"] + rng.normal(0, 0.22)
+        lean = habit["white"] + rng.normal(0, 0.35)
         reach, spread = rng.uniform(0.45, 0.8), rng.uniform(0.25, 0.5)
         lobe = np.exp(-(((across - reach) / spread) ** 2) - ((v - middle) / rng.uniform(0.16, 0.30)) ** 2)
         fields.append(2.2 * (lobe - 0.5) + lean)
     side = 1 / (1 + np.exp(-u / 0.03))  # left to right without a seam
-    field = fields[0] * (1 - side) + fields[1] * side + habit["ragged"] * (0.36 * coarse + 0.3 * fine)
+    field = fields[0] * (1 - side) + fields[1] * side + habit["ragged"] * (0.5 * coarse + 0.3 * fine)
     white = 1 / (1 + np.exp(-field * habit["crisp"]))
     heart = np.exp(-((across / (habit["heart"] * (1 + 0.35 * coarse))) ** 2)) * np.clip((v - 0.12) * 3, 0, 1)
     white *= 1 - np.clip(heart * 1.6, 0, 1) * habit["heart_dark"]  # the dark root of the tail
@@ -182,17 +182,17 @@ def make_animal(seed):
     """The animal of `seed` (a sequence of ints). Equal seeds give equal animals."""
     rng = np.random.default_rng(seed)
     # Three whales in five are mostly dark, as in the competition's photographs.
-    white = rng.normal(-1.9, 0.5) if rng.random() < 0.45 else rng.normal(0.1, 0.95)
+    white = rng.normal(-1.7, 0.5) if rng.random() < 0.4 else rng.normal(0.1, 0.95)
     habit = {
-        "edge": rng.normal(0, 0.028, 8),
+        "edge": rng.normal(0, 0.034, 8),
         "notch": rng.normal(0, 0.035),
         "lead": rng.normal(0, 0.022, (8, 2)),
         "stock": rng.uniform(0.8, 1.3),
-        "serration": rng.gamma(2.5, 0.0032),
+        "serration": rng.gamma(2.5, 0.004),
         "nicks": rng.gamma(1.2, 0.9),
         "left_share": rng.uniform(0.25, 0.75),
-        "rakes": rng.gamma(1.0, 0.8),
-        "scars": rng.gamma(1.2, 2.5),
+        "rakes": rng.gamma(1.0, 1.2),
+        "scars": rng.gamma(1.2, 3.5),
         "rings": rng.gamma(0.7, 3.0),
         "spots": rng.gamma(0.8, 26.0),
         "white": white,

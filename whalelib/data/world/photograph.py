@@ -418,10 +418,11 @@ def _set_stage(rng, animal, size, special, gray):
     above = animal.outline[animal.outline[:, 1] < 0.85]
     for _attempt in range(8):
         pose = draw_pose(rng, special)
-        flat = np.cos(np.radians(pose.pitch)) * np.clip((h / w) / 0.62, 0.55, 1.5) ** 0.6
-        pose.pitch = np.degrees(np.arccos(np.clip(flat, 0.25, 1))) * np.sign(
-            pose.pitch or 1
-        )  # crops suit the fluke
+        # People crop to the fluke, so the picture's shape tells how the fluke is held.
+        span = np.ptp(project_all(above, pose), axis=0)
+        wanted = h / w * rng.uniform(0.6, 1.05) * span[0] / max(span[1], 1e-3)
+        flat = np.cos(np.radians(pose.pitch)) * np.clip(wanted, 0.4, 2.2) ** 0.8
+        pose.pitch = np.degrees(np.arccos(np.clip(flat, 0.25, 1))) * np.sign(pose.pitch or 1)
         scale, shift = _frame(project_all(above, pose), size, rng, special, gray)
         placed, right = _place(_curl_texture(animal.texture, pose), pose, size, scale, shift)
         line, depth = _waterline(rng, pose, size, scale, shift, special)

@@ -44,11 +44,11 @@ def preset(name):
         sizes = tuple(np.repeat(table["photographs"], table["whales"]).tolist())
         return Preset(sizes, 9664, 7960, 1774, exact=True, twins=89, unnoticed=189, duplicates=10, leaks=135)
     if name == "lab":
-        sizes = _quantile_sizes(150, 1.5)
+        sizes = _quantile_sizes(150, 1.7)
         return Preset(
             sizes,
             round(sum(sizes) * NEW_SHARE_TRAIN / (1 - NEW_SHARE_TRAIN)),
-            320,
+            272,
             120,
             twins=3,
             unnoticed=12,
