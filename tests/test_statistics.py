@@ -16,7 +16,6 @@ from whalelib.data import (
     images,
     open_catalog,
     photograph_statistics,
-    read_image,
     sharpness,
     statistics,
 )
@@ -136,7 +135,12 @@ def test_hash_is_of_the_pixels(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "gray.png")
     Image.fromarray(pixels).convert("RGB").save(tmp_path / "rgb.bmp")
     hashes = {photograph_statistics(tmp_path / name)["sha1"] for name in ("gray.png", "rgb.bmp")}
-    assert hashes == {hashlib.sha1(b"20 30 " + read_image(tmp_path / "rgb.bmp").tobytes()).hexdigest()}
+    assert hashes == {hashlib.sha1(b"20 30 1 " + pixels.tobytes()).hexdigest()}
+    colour = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    Image.fromarray(colour).save(tmp_path / "colour.tif")
+    hashes = {photograph_statistics(tmp_path / name)["sha1"] for name in ("colour.png", "colour.tif")}
+    assert hashes == {hashlib.sha1(b"20 30 3 " + colour.tobytes()).hexdigest()}
     flat = np.zeros((20, 30), dtype=np.uint8)
     Image.fromarray(flat).save(tmp_path / "wide.png")
     Image.fromarray(flat.T.copy()).save(tmp_path / "high.png")

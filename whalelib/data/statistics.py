@@ -38,7 +38,7 @@ MEASURES = {
     "repairs": "str",
     "sha1": "str",
 }
-_VERSION = 1
+_VERSION = 2
 _STRIP_PIXELS = 4_000_000
 _MANY = 300
 _LEVELS = np.arange(256)
@@ -55,8 +55,8 @@ def photograph_statistics(path: Path | str) -> dict[str, object]:
         (standard deviation; equations 2.1 and 2.2) of the values 0 to 255 of all channels; ``gray_strict``:
         red, green and blue agree in every pixel (section 2.2.2); ``gray_script``: the rule of the script
         behind Table 2.4, by which a pixel has colour only where red differs from green *and* green from blue;
-        ``sha1`` of the size and the RGB pixels, equal for copies whatever the file; ``repairs``: what
-        was changed so as to show, mostly "".
+        ``sha1`` of the size and the pixels (of one channel where they are strictly gray), the same for copies
+        whatever the file; ``repairs``: what was changed so as to show, mostly "".
 
     Raises:
         PhotographError: the file can't be read as a photograph.
@@ -65,22 +65,30 @@ def photograph_statistics(path: Path | str) -> dict[str, object]:
     image, height, width = found.image, found.height, found.width
     repairs = dict.fromkeys(found.repairs)
     one_channel = Image.getmodebase(image.mode) == "L"
+    plain = image.mode == "L" and not image.has_transparency_data
     counts, strict, script = np.zeros(256, dtype=np.int64), True, True
-    digest = hashlib.sha1(f"{height} {width} ".encode(), usedforsecurity=False)
+    gray, colour = (hashlib.sha1(f"{height} {width} {n} ".encode(), usedforsecurity=False) for n in (1, 3))
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
         strip = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
         try:
-            rgb, repair = images.to_rgb(strip)
+            strip, repair = (strip, "") if plain else images.to_rgb(strip)
         except ValueError as error:
             raise images.PhotographError(path, str(error)) from error
         repairs |= {repair: None} if repair else {}
-        pixels = rgb.tobytes()
-        digest.update(pixels)
-        is_strict, is_script = (True, True) if one_channel else _gray(pixels)
-        strict, script = strict and is_strict, script and is_script
-        levels = 3 * np.array(rgb.getchannel(0).histogram()) if is_strict else _levels(rgb)
-        counts += levels
+        strip_strict = strip_script = True
+        if not one_channel:
+            pixels = strip.tobytes()
+            strip_strict, strip_script = _gray(pixels)
+            if rows < height or not strip_strict:
+                colour.update(pixels)
+        if strip_strict:
+            level = strip.getchannel(0)
+            counts += 3 * np.array(level.histogram())
+            gray.update(level.tobytes())
+        else:
+            counts += np.array(strip.histogram()).reshape(3, 256).sum(axis=0)
+        strict, script = strict and strip_strict, script and strip_script
     n, total, squares = (int((counts * _LEVELS**power).sum()) for power in range(3))
     return {
         "height": height,
@@ -90,14 +98,9 @@ def photograph_statistics(path: Path | str) -> dict[str, object]:
         "gray_script": script,
         "mean": total / n,
         "contrast": math.sqrt(n * squares - total * total) / n,
-        "sha1": digest.hexdigest(),
+        "sha1": (gray if strict else colour).hexdigest(),
         "repairs": "; ".join(repairs),
     }
-
-
-def _levels(rgb: Image.Image) -> np.ndarray:
-    """Return how often each value 0 to 255 occurs in all channels: (256,) int."""
-    return np.array(rgb.histogram()).reshape(3, 256).sum(axis=0)
 
 
 def _gray(pixels: bytes) -> tuple[bool, bool]:
