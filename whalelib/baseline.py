@@ -4,9 +4,9 @@ An ImageNet-trained EfficientNet-Lite0, fine-tuned as a classifier of the known 
 photographs (cosine) and `new_whale` where none is near enough.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from whalelib.data.photographs import Photographs
 from whalelib.identify import choose_threshold, embed, identity_similarity, threshold_curve, top5
 from whalelib.losses import cross_entropy
 from whalelib.models import Identifier
+from whalelib.train import warm_cosine
 
 SIZES = {"lab": (96, 192), "paper": (256, 512)}  # (H, W) of the input
 PASSES = {"lab": 11_000, "paper": 1_000_000}  # images to train with, the same ones again and again
@@ -40,9 +41,7 @@ def optimizer(model: Identifier) -> torch.optim.Optimizer:
 
 def schedule(total: int) -> Callable[[float], float]:
     """Return the learning rate's factor by epoch: a rise over the first tenth of `total`, then half a cosine."""
-    return lambda epoch: (
-        min(1, 0.05 + 10 * epoch / total) * (1 + math.cos(math.pi * min(epoch / total, 1))) / 2
-    )
+    return partial(warm_cosine, epochs=total)
 
 
 def loss(output: dict, batch: dict) -> torch.Tensor:
