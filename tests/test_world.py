@@ -199,7 +199,7 @@ def test_whales_run_from_nearly_black_to_nearly_white():
     darkness = np.array([make_animal([4, 0, k]).darkness for k in range(60)])
     assert darkness.min() < 0.2
     assert darkness.max() > 0.97
-    assert 0.3 < (darkness > 0.8).mean() < 0.8
+    assert 0.15 < (darkness > 0.8).mean() < 0.8
 
 
 def test_no_picture_leaves_its_folder(tiny):

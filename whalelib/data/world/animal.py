@@ -181,8 +181,7 @@ def _pigment(rng, habit):
 def make_animal(seed):
     """The animal of `seed` (a sequence of ints). Equal seeds give equal animals."""
     rng = np.random.default_rng(seed)
-    # Three whales in five are mostly dark, as in the competition's photographs.
-    white = rng.normal(-1.7, 0.5) if rng.random() < 0.4 else rng.normal(0.1, 0.95)
+    white = rng.normal(-1.6, 0.5) if rng.random() < 0.25 else rng.normal(0.1, 0.9)  # some are nearly black
     habit = {
         "edge": rng.normal(0, 0.034, 8),
         "notch": rng.normal(0, 0.035),

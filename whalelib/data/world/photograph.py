@@ -117,7 +117,7 @@ def _frame(outline, size, rng, special, gray):
     low, high = outline.min(0), outline.max(0)
     span = np.maximum(high - low, 1e-3)
     # Old prints are cropped tight; modern photographs leave some sea around.
-    tight = rng.beta(7, 1.6) if gray else rng.beta(4.2, 1.6)
+    tight = rng.beta(8, 1.4) if gray else rng.beta(6, 1.5)
     share = 0.25 + 0.74 * tight
     if special in ("wide", "two flukes"):
         share = min(share, rng.uniform(0.25, 0.5))
@@ -420,7 +420,7 @@ def _set_stage(rng, animal, size, special, gray):
         pose = draw_pose(rng, special)
         # People crop to the fluke, so the picture's shape tells how the fluke is held.
         span = np.ptp(project_all(above, pose), axis=0)
-        wanted = h / w * rng.uniform(0.6, 1.05) * span[0] / max(span[1], 1e-3)
+        wanted = h / w * rng.uniform(0.72, 1.15) * span[0] / max(span[1], 1e-3)
         flat = np.cos(np.radians(pose.pitch)) * np.clip(wanted, 0.4, 2.2) ** 0.8
         pose.pitch = np.degrees(np.arccos(np.clip(flat, 0.25, 1))) * np.sign(pose.pitch or 1)
         scale, shift = _frame(project_all(above, pose), size, rng, special, gray)
