@@ -102,6 +102,19 @@ def bootstrap_interval(
     return float(interval.low), float(interval.high)
 
 
+def mask_iou(predicted, truth) -> float:
+    """Intersection over union of two masks, (H, W) booleans; 1 when both are empty.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    predicted, truth = np.asarray(predicted, dtype=bool), np.asarray(truth, dtype=bool)
+    if predicted.shape != truth.shape:
+        raise ValueError(f"masks of shapes {predicted.shape} and {truth.shape}")
+    union = (predicted | truth).sum()
+    return float((predicted & truth).sum() / union) if union else 1.0
+
+
 def parse_predictions(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Split a submission's `Id` column ("w_1 w_2 new_whale w_3 w_4") into guesses.
 

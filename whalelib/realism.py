@@ -1,24 +1,30 @@
 """Does what a network learns in the world help with real flukes? `python -m whalelib.realism FOLDER`.
 
-Two embeddings are scored on the same real photographs: frozen ImageNet features, and the same network fine-tuned on
+Identity: two embeddings are scored on the same real photographs: frozen ImageNet features, and the same network fine-tuned on
 generated whales only. Neither sees a real fluke in training; real training photographs serve as gallery and for the
 threshold. The values go to the ledger.
+
+Segmentation: `mask_overlap` measures any mask model on photographs that have masks drawn by hand. The
+model of chapter 3, trained on the world, will be measured with it.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import torch
 
 from whalelib import augment, baseline
 from whalelib.contest import Contest
-from whalelib.data import Catalog, open_catalog
+from whalelib.data import Catalog, open_catalog, read_image
 from whalelib.data.photographs import Photographs
 from whalelib.identify import hold_out
 from whalelib.ledger import append_ledger
+from whalelib.metrics import mask_iou
 from whalelib.models import Identifier
 from whalelib.run import Settings
 from whalelib.train import fit
@@ -40,6 +46,26 @@ def score(model: Identifier, catalog: Catalog, contest: Contest, seed: int) -> f
     )
     ids = [" ".join(name for name in row if name) for row in answer.guesses]
     return contest.score(pd.DataFrame({"Image": catalog.test.table["image"], "Id": ids})).all
+
+
+def mask_overlap(predict: Callable[[np.ndarray], np.ndarray], catalog: Catalog) -> pd.Series:
+    """Return the IoU of each photograph's predicted mask with its own, indexed by image.
+
+    Args:
+        predict: from a photograph (H, W, 3) uint8 RGB to its mask (H, W), true on the fluke.
+        catalog: with masks; photographs without one are left out.
+
+    Raises:
+        ValueError: no photograph has a mask.
+    """
+    table = catalog.table
+    if "mask" not in table or table["mask"].isna().all():
+        raise ValueError(f"{catalog.name}: no photograph has a mask")
+    rows = table[table["mask"].notna()]
+    scores = [
+        mask_iou(predict(read_image(r.path)), read_image(r.mask, mode="L") > 127) for r in rows.itertuples()
+    ]
+    return pd.Series(scores, index=rows["image"], name="IoU")
 
 
 def main(arguments: list[str] | None = None) -> int:
