@@ -1,8 +1,8 @@
 """Does what a network learns in the world help with real flukes? `python -m whalelib.realism FOLDER`.
 
-Identity: two embeddings are scored on the same real photographs: frozen ImageNet features, and the same network fine-tuned on
-generated whales only. Neither sees a real fluke in training; real training photographs serve as gallery and for the
-threshold. The values go to the ledger.
+Identity: two embeddings are scored on the same real photographs: frozen ImageNet features, and the same network
+fine-tuned on generated whales only. Neither sees a real fluke in training; real training photographs serve as gallery
+and for the threshold. The values go to the ledger.
 
 Segmentation: `mask_overlap` measures any mask model on photographs that have masks drawn by hand. The
 model of chapter 3, trained on the world, will be measured with it.
