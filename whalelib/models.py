@@ -177,6 +177,151 @@ class Identifier(nn.Module):
         return f"{name}.".startswith(tuple(f"{part}." for part in self.frozen))
 
 
+class FeatureMap(nn.Module):
+    """A backbone that gives its last feature map (N, F, h, w), from images of four channels.
+
+    ``num_features`` is F; ``late`` names the parts that stay free when the first solution freezes the rest: the
+    last two of its five resolutions.
+    """
+
+    def __init__(self, network: nn.Module, num_features: int, late: tuple[str, ...]):
+        super().__init__()
+        self.network, self.num_features, self.late = network, num_features, late
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (N, F, h, w) of images (N, C, H, W)."""
+        network = self.network
+        features = getattr(network, "forward_features", None) or network.features
+        return features(images)
+
+    def freeze(self) -> None:
+        """Keep all weights but those of the last two resolutions (section 3.3.4). Statistics still move."""
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(f"{name}.".startswith(tuple(f"{part}." for part in self.late)))
+
+
+STEMS = ("mask", "random")
+
+
+def widen_stem(convolution: nn.Conv2d, stem: str = "mask") -> nn.Conv2d:
+    """Return a first convolution for four channels, from one for three.
+
+    Args:
+        convolution: the network's first, (O, 3, k, k).
+        stem: "mask": its weights, and zeros for the mask, so that the network begins as what it was; "random":
+            new weights, as in the first solution, whose loading failed on this one tensor.
+    """
+    if stem not in STEMS:
+        raise ValueError(f"stem = {stem!r}: choose one of {', '.join(STEMS)}")
+    kept = {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    wide = type(convolution)(4, convolution.out_channels, bias=convolution.bias is not None, **kept)
+    if stem == "mask":
+        with torch.no_grad():
+            wide.weight[:, :3] = convolution.weight
+            wide.weight[:, 3:] = 0
+    return wide
+
+
+def first_place_lite0(stem: str = "mask", pretrained: bool = True) -> FeatureMap:
+    """Return the laptop's stand-in for SENet-154: EfficientNet-Lite0, (N, 1280, H / 32, W / 32)."""
+    network = lite0(pretrained)
+    features = network.num_features
+    network.conv_stem = widen_stem(network.conv_stem, stem)
+    late = ("blocks.3", "blocks.4", "blocks.5", "blocks.6", "conv_head", "bn2")
+    return FeatureMap(network.to(memory_format=torch.channels_last), features, late)
+
+
+class FirstPlace(nn.Module):
+    """The first solution's network: a backbone, a global and a local head (sections 3.3 and 3.3.2, Figure 3.7).
+
+    Global: average over the map, dropout, batch normalisation without bias, length 1, and 16 times a linear layer
+    over 2C classes: each whale and each whale mirrored (section 3.2.1); ``new_whale`` has none. Local: a row of the
+    map is a stripe; its average, a 1 x 1 convolution to 512 features, batch normalisation without bias, length 1.
+
+    Args:
+        identities: C.
+        backbone: a :class:`FeatureMap`; default the laptop's.
+        edition: "as_described": RGB, normalised as the backbone's pretraining was, no bias in the linear layer, dropout
+            in training only. "as_shipped": BGR from 0 to 1, a bias, and dropout always.
+        dropout: its rate.
+        mean, std: of the pixels of the pretraining, a number or one a channel.
+        seed: of the new weights, and of the dropout that is always on.
+    """
+
+    SCALE = 16.0
+
+    def __init__(
+        self,
+        identities: int,
+        backbone: FeatureMap | None = None,
+        *,
+        edition: str = "as_described",
+        dropout: float = 0.2,
+        local: int = 512,
+        mean: float | tuple[float, ...] = LITE0_MEAN,
+        std: float | tuple[float, ...] = LITE0_STD,
+        seed: int = 0,
+    ):
+        super().__init__()
+        shipped = edition == "as_shipped"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.backbone = (
+                first_place_lite0("random" if shipped else "mask") if backbone is None else backbone
+            )
+            features = self.backbone.num_features
+            self.neck = nn.BatchNorm1d(features)
+            self.head = nn.Linear(features, 2 * identities, bias=shipped)
+            nn.init.normal_(self.head.weight, std=1e-3)
+            self.squeeze = nn.Conv2d(features, local, 1)
+            self.local_neck = nn.BatchNorm1d(local)
+        if shipped:
+            nn.init.zeros_(self.head.bias)
+        for norm in (self.neck, self.local_neck):
+            norm.bias.requires_grad_(False)
+        self.identities, self.edition = identities, edition
+        self.dropout, self.dropout_always = dropout, shipped
+        for name, value in {"mean": 0.0 if shipped else mean, "std": 1.0 if shipped else std}.items():
+            of_channels = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+            self.register_buffer(name, of_channels, persistent=False)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the backbone's map (N, F, h, w) of images (..., 4, H, W), RGB and mask, from 0 to 1."""
+        images = images.reshape(-1, *images.shape[-3:])
+        colours, mask = images[:, :3], images[:, 3:]
+        if self.edition == "as_shipped":
+            colours = colours.flip(1)
+        return self.backbone(torch.cat([(colours - self.mean) / self.std, mask], 1))
+
+    def globally(self, features: torch.Tensor) -> torch.Tensor:
+        """Return global features (N, F), rows of length 1, of a map (N, F, h, w)."""
+        pooled = features.mean((2, 3))
+        pooled = F.dropout(pooled, self.dropout, self.training or self.dropout_always)
+        return F.normalize(self.neck(pooled))
+
+    def locally(self, features: torch.Tensor) -> torch.Tensor:
+        """Return local features (N, h, 512), one of length 1 a stripe, of a map (N, F, h, w)."""
+        stripes = self.squeeze(features.mean(3, keepdim=True))[..., 0]
+        return F.normalize(self.local_neck(stripes), dim=1).transpose(1, 2)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return ``global`` (N, F), ``local`` (N, h, 512) and ``logits`` (N, 2C) of images (..., 4, H, W).
+
+        All dimensions before the last three are taken together as N: a batch of quadruplets may stay one.
+        """
+        features = self.features(images)
+        found = self.globally(features)
+        return {"global": found, "local": self.locally(features), "logits": self.SCALE * self.head(found)}
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Return global features (N, F) of images (..., 4, H, W)."""
+        return self.globally(self.features(images))
+
+    def freeze(self) -> None:
+        """Freeze the backbone but for its last two resolutions; see :meth:`FeatureMap.freeze`."""
+        self.backbone.freeze()
+
+
 def count_parameters(module: nn.Module, trainable: bool = False) -> int:
     """Return how many numbers a module learns; with ``trainable``, only those that are not frozen."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from whalelib import augment, baseline
+from whalelib import augment
 from whalelib.contest import Contest
 from whalelib.data import Catalog, open_catalog, read_image
 from whalelib.data.photographs import Photographs
@@ -26,6 +26,7 @@ from whalelib.identify import hold_out
 from whalelib.ledger import append_ledger
 from whalelib.metrics import mask_iou
 from whalelib.models import Identifier
+from whalelib.recipes import baseline
 from whalelib.run import Settings
 from whalelib.train import fit
 

@@ -181,6 +181,21 @@ def _reason(error: Exception) -> str:
     return f"truncated or damaged ({str(error) or type(error).__name__})"
 
 
+def photograph_size(path: Path | str) -> tuple[int, int]:
+    """Return (H, W) of the upright photograph, from the file's header.
+
+    Raises:
+        PhotographError: the file can't be read as a photograph.
+    """
+    try:
+        _check_file(path)
+        with Image.open(path, formats=FORMATS) as image:
+            turned = _orientation(image) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise PhotographError(path, _reason(error)) from error
+
+
 def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     """Convert a decoded image to mode RGB, and say what was changed on the way ("" for nothing that shows).
 

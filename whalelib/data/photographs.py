@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from whalelib.augment import augmented
 from whalelib.data.images import read_image
+from whalelib.data.masks import mask_pixels
 from whalelib.files import replacing
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ CROPS = (None, "box")
 class Photographs(Dataset):
     """The photographs of a catalog as a dataset for PyTorch.
 
-    Item i is a dict: ``image`` (3, H, W) float32 RGB, 0 to 1; ``label`` the identity's place in ``known``, or
+    Item i is a dict: ``image`` (3, H, W) float32 RGB, 0 to 1 (with masks (4, H, W), the mask last); ``label`` the identity's place in ``known``, or
     -1 for ``new_whale``, for an identity not in ``known`` and for none; ``index`` = i. A random draw for item
     i in an epoch depends on (seed, epoch, i) alone, whatever the order, the batch or the worker.
 
@@ -36,13 +37,15 @@ class Photographs(Dataset):
         transform: an albumentations pipeline on the resized image, or None.
         seed: of the draws, from 0 up.
         crop: None for the whole photograph, "box" for its box (a row without one: the whole photograph).
+        masks: with the mask as a fourth channel (section 3.1.1): from the catalog's column ``mask`` (path of a
+            picture) or else ``rle`` (run lengths at ``MASK_SIZE``), and zeros for a photograph without one.
         known: identities in the order of the labels; default ``catalog.known``. Give the training catalog's
             to others.
         memory: decode each photograph once and keep it, H * W * 3 bytes each; else decode at each use.
         folder: keep them in a file there too, for the next run to map instead of decoding.
 
     Raises:
-        ValueError: an argument is not one of the choices, or boxes are wanted and there are none.
+        ValueError: an argument is not one of the choices, or boxes or masks are wanted and there are none.
         PhotographError: a photograph that can't be read, by its path.
     """
 
@@ -54,6 +57,7 @@ class Photographs(Dataset):
         transform=None,
         seed: int = 0,
         crop: str | None = None,
+        masks: bool = False,
         known: list[str] | None = None,
         memory: bool = True,
         folder: Path | None = None,
@@ -62,6 +66,8 @@ class Photographs(Dataset):
             raise ValueError(f"crop = {crop!r}: choose one of {CROPS}")
         if crop == "box" and "x0" not in catalog.table:
             raise ValueError(f"crop = 'box', but the catalog {catalog.name} has no boxes")
+        if masks and not {"mask", "rle"} & {*catalog.table}:
+            raise ValueError(f"masks = True, but the catalog {catalog.name} has no masks")
         height, width = size
         if height < 1 or width < 1:
             raise ValueError(f"size = {size!r}: give (H, W) in pixels")
@@ -77,11 +83,12 @@ class Photographs(Dataset):
         if crop == "box":
             boxes = catalog.table[["x0", "y0", "x1", "y1"]].to_numpy(dtype=float)
             self._boxes = [None if np.isnan(box).any() else tuple(box) for box in boxes]
+        self._masks = _masks(catalog.table) if masks else None
         self._pixels = None
         if folder is not None:
             self._pixels = self._on_disk(Path(folder))
         elif memory:
-            self._pixels = self._decoded(np.empty((len(self), *self.size, 3), dtype=np.uint8))
+            self._pixels = self._decoded(np.empty((len(self), *self._shape), dtype=np.uint8))
 
     def __len__(self):
         return len(self._paths)
@@ -91,13 +98,11 @@ class Photographs(Dataset):
         index = range(len(self))[index]  # also from the end; beyond it an IndexError
         image = self.pixels(index)
         if self.transform is not None:
-            image = augmented(self.transform, (self.seed, self.epoch, index), image=image)["image"]
-        tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        tensor = tensor.float().div_(255) if image.dtype == np.uint8 else tensor.float()
-        return {"image": tensor, "label": int(self.labels[index]), "index": index}
+            image = transformed(self.transform, (self.seed, self.epoch, index), image)
+        return {"image": as_tensor(image), "label": int(self.labels[index]), "index": index}
 
     def pixels(self, index: int) -> np.ndarray:
-        """Return the photograph, cropped and resized only: (H, W, 3) uint8 RGB."""
+        """Return the photograph, cropped and resized only: (H, W, 3) uint8 RGB, with masks (H, W, 4)."""
         return self._read(index) if self._pixels is None else np.array(self._pixels[index])
 
     def set_epoch(self, epoch: int) -> None:
@@ -119,11 +124,21 @@ class Photographs(Dataset):
 
     @property
     def _pixels_key(self) -> str:
-        parts = [self.catalog.fingerprint, self.size, self.crop]
+        parts = [self.catalog.fingerprint, self.size, self.crop, self._masks is not None]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _read(self, index: int) -> np.ndarray:
-        return read_image(self._paths[index], size=self.size, box=self._boxes[index])
+        path, box = self._paths[index], self._boxes[index]
+        image = read_image(path, size=self.size, box=box)
+        if self._masks is None:
+            return image
+        mask = self._masks[index]
+        channel = np.zeros(self.size, np.uint8) if mask is None else mask_pixels(mask, path, box, self.size)
+        return np.dstack([image, channel])
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return (*self.size, 3 if self._masks is None else 4)
 
     def _decoded(self, out: np.ndarray) -> np.ndarray:
         def fill(index: int) -> None:
@@ -138,6 +153,30 @@ class Photographs(Dataset):
         path = folder / f"photographs-{self._pixels_key}.npy"
         if not path.exists():
             with replacing(path) as part:
-                shape = (len(self), *self.size, 3)
+                shape = (len(self), *self._shape)
                 self._decoded(np.lib.format.open_memmap(part, "w+", np.uint8, shape)).flush()
         return np.load(path, mmap_mode="r")
+
+
+def transformed(transform, key: tuple[int, ...], pixels: np.ndarray) -> np.ndarray:
+    """Return pixels (H, W, 3 or 4) after an albumentations pipeline; a fourth channel moves as their mask."""
+    if pixels.shape[2] == 3:
+        return augmented(transform, key, image=pixels)["image"]
+    image, mask = np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3])
+    changed = augmented(transform, key, image=image, mask=mask)
+    return np.dstack([changed["image"], changed["mask"]])
+
+
+def as_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """Return pixels (H, W, C), uint8 or float, as a tensor (C, H, W) float32, 0 to 1."""
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
+    return tensor.div_(255) if pixels.dtype == np.uint8 else tensor
+
+
+def _masks(table) -> list[str | None]:
+    """Return each photograph's mask, a path or run lengths, as the columns ``mask`` and ``rle`` have it."""
+    columns = [table[name] for name in ("mask", "rle") if name in table]
+    masks = columns[0].astype(object)
+    for other in columns[1:]:
+        masks = masks.where(masks.notna(), other)
+    return [mask if isinstance(mask, str) else None for mask in masks]
