@@ -1,7 +1,10 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretrainedmodels.models import senet
 from sklearn.datasets import load_sample_image
 from timm.data import ImageNetInfo
 from torch import nn
@@ -140,6 +143,136 @@ def test_a_frozen_name_that_is_no_part_is_an_error():
 def test_unknown_head():
     with pytest.raises(ValueError, match="choose one of cosine, linear"):
         models.Identifier(3, backbone=Small(), head="arc")
+
+
+def small_senet(seed=0):
+    """Return a network built as SENet-154 is, with one block a stage: 10 million parameters."""
+    torch.manual_seed(seed)
+    return senet.SENet(
+        senet.SEResNeXtBottleneck,
+        [1, 1, 1, 1],
+        groups=32,
+        reduction=16,
+        downsample_kernel_size=1,
+        downsample_padding=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved_senet(tmp_path_factory):
+    """Return a file with a small network's weights, in the old format and as old, and those weights."""
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    state = {k: v for k, v in small_senet(1).state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path, state, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_senet154_is_whole():
+    with torch.device("meta"):
+        backbone = models.senet154()
+        found = backbone(torch.empty(4, 4, 256, 512))
+    assert found.shape == (4, 2048, 8, 16)
+    assert backbone.num_features == 2048
+    assert models.count_parameters(backbone) == 113_040_560
+    assert len(backbone.state_dict()) == 1142
+    counts = [models.count_parameters(getattr(backbone.network, f"layer{i}")) for i in range(5)]
+    assert counts == [113_408, 354_864, 4_695_296, 68_677_888, 39_199_104]
+    backbone.freeze()
+    assert models.count_parameters(backbone, trainable=True) == 68_677_888 + 39_199_104
+    frozen = 1 - models.count_parameters(backbone, trainable=True) / 113_040_560
+    assert frozen == pytest.approx(0.046, abs=5e-4)
+
+
+@pytest.mark.parametrize(("edition", "biases"), [("as_described", 0), ("as_shipped", 10008)])
+def test_heads_of_the_whole_network(edition, biases):
+    with torch.device("meta"):
+        model = models.FirstPlace(5004, models.senet154(), edition=edition)
+    assert models.count_parameters(model.head) == 2048 * 10008 + biases
+    assert models.count_parameters(model.squeeze) == 2048 * 512 + 512
+    assert round((2048 * 10008 + biases) / 1e6, 1) == 20.5
+
+
+def test_senet154s_settings_are_pretrainedmodels_own():
+    settings = senet.pretrained_settings["senet154"]["imagenet"]
+    assert settings["url"] == models.SENET154_URL
+    assert models.SENET154_URL.endswith(f"-{models.SENET154_SHA256}.pth")
+    assert (tuple(settings["mean"]), tuple(settings["std"])) == (models.SENET154_MEAN, models.SENET154_STD)
+    assert (settings["input_space"], settings["input_range"]) == ("RGB", [0, 1])
+
+
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_senet_weights_as_described_and_as_shipped(saved_senet, stem):
+    path, state, sha256 = saved_senet
+    backbone = models._senet_map(small_senet(), stem, path, sha256)
+    loaded = backbone.network.state_dict()
+    first = "layer0.conv1.weight"
+    assert [name for name in loaded if name in state and not torch.equal(loaded[name], state[name])] == [
+        first
+    ]
+    missing = {name for name in loaded if name not in state}
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    assert loaded[first].shape == (64, 4, 3, 3)
+    if stem == "random":
+        assert loaded[first][:, 3].abs().max() > 0
+        assert not torch.equal(loaded[first][:, :3], state[first])
+        return
+    assert torch.equal(loaded[first][:, :3], state[first])
+    assert not loaded[first][:, 3].any()
+    colours, mask = torch.rand(1, 3, 64, 128), torch.rand(1, 1, 64, 128)
+    with torch.inference_mode():
+        expected = small_senet(1).eval().features(colours)
+        found = backbone.eval()(torch.cat([colours, mask], 1))
+    assert expected.shape == (1, 2048, 2, 4)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_zeroed_mask_channel_can_learn(saved_senet):
+    path, _, sha256 = saved_senet
+    backbone = models._senet_map(small_senet(), "mask", path, sha256)
+    backbone(torch.rand(2, 4, 64, 64)).square().mean().backward()
+    assert backbone.network.layer0.conv1.weight.grad[:, 3].abs().max() > 0
+
+
+def test_freezing_spares_the_last_two_stages(saved_senet):
+    path, _, sha256 = saved_senet
+    model = models.FirstPlace(3, models._senet_map(small_senet(), "mask", path, sha256))
+    model.freeze()
+    free = {name.split(".")[1] for name, p in model.backbone.named_parameters() if p.requires_grad}
+    assert free == {"layer3", "layer4"}
+    assert all(p.requires_grad for p in [*model.head.parameters(), *model.squeeze.parameters()])
+    frozen = {n: p.clone() for n, p in model.backbone.named_parameters() if not p.requires_grad}
+    statistic = model.backbone.network.layer0.bn1.running_mean.clone()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    model.train()(torch.rand(1, 4, 4, 64, 64))["logits"].square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(p, frozen[n]) for n, p in model.backbone.named_parameters() if n in frozen)
+    assert not torch.equal(model.backbone.network.layer0.bn1.running_mean, statistic)
+
+
+def test_senet154_weights_that_are_not_there_or_not_its_own(saved_senet, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such file.*data\.lip6\.fr"):
+        models.senet154(weights=tmp_path / "nowhere.pth")
+    path, state, _ = saved_senet
+    with pytest.raises(ValueError, match=r"small\.pth: not the expected weights .* expected c7b49a05"):
+        models.senet154(weights=path)
+    short = tmp_path / "short.pth"
+    torch.save({name: value for name, value in state.items() if name != "layer4.0.conv3.weight"}, short)
+    with pytest.raises(
+        ValueError, match=r"(?s)short\.pth: not the weights of this network.*layer4\.0\.conv3"
+    ):
+        models._senet_map(small_senet(), "mask", short, "")
+    with pytest.raises(ValueError, match="choose one of mask, random"):
+        models._senet_map(small_senet(), "pretrained", None, "")
+
+
+def test_senet154_by_seed():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = models.senet154(seed=1).network.layer0.conv1.weight
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(models.senet154(stem="mask", seed=1).network.layer0.conv1.weight, first)
+    assert not torch.equal(models.senet154(seed=2).network.layer0.conv1.weight, first)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

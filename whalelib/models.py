@@ -25,6 +25,10 @@ _LITE0_PARTS = {
 }
 _LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
 
+SENET154_URL = "http://data.lip6.fr/cadene/pretrainedmodels/senet154-c7b49a05.pth"
+SENET154_SHA256 = "c7b49a05"  # its first digits, as the file's name tells them
+SENET154_MEAN, SENET154_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def lite0(pretrained: bool = True, classes: int = 0) -> nn.Module:
     """Return an EfficientNet-Lite0 (timm's ``tf_efficientnet_lite0``).
@@ -55,11 +59,15 @@ def lite0(pretrained: bool = True, classes: int = 0) -> nn.Module:
 def load_checked(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     """Load a file of weights, once its SHA-256 is right and nothing but tensors is in it.
 
+    Args:
+        path: of what ``torch.save`` wrote.
+        sha256: the whole sum, or as many of its first digits as are known.
+
     Raises:
         ValueError: the file is another one.
     """
     content = Path(path).read_bytes()
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+    if not (found := hashlib.sha256(content).hexdigest()).startswith(sha256):
         raise ValueError(f"{path}: not the expected weights (SHA-256 {found}, expected {sha256})")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
@@ -229,6 +237,54 @@ def first_place_lite0(stem: str = "mask", pretrained: bool = True) -> FeatureMap
     network.conv_stem = widen_stem(network.conv_stem, stem)
     late = ("blocks.3", "blocks.4", "blocks.5", "blocks.6", "conv_head", "bn2")
     return FeatureMap(network.to(memory_format=torch.channels_last), features, late)
+
+
+def senet154(
+    stem: str = "mask", weights: Path | str | None = None, *, sha256: str = SENET154_SHA256, seed: int = 0
+) -> FeatureMap:
+    """Return the first solution's backbone, SENet-154 (section 3.3.1): (N, 2048, H / 32, W / 32).
+
+    113 million parameters, from pretrainedmodels, without the classifier of ImageNet's 1,000 kinds. Frozen as in the
+    solution it learns all but 4.6 % of them still.
+
+    Args:
+        stem: what the convolution of the four channels starts from, see :func:`widen_stem`. All other tensors come
+            from ``weights`` either way.
+        weights: path of pretrainedmodels' file, which you have to fetch from ``SENET154_URL`` (460 MB); None for
+            random weights.
+        sha256: of that file, or its first digits.
+        seed: of random weights.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message says where to get it.
+        ValueError: it is another file, or of another network; or the stem is none of STEMS.
+    """
+    import pretrainedmodels  # noqa: PLC0415 - as slow to import as timm, and needed here alone
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = pretrainedmodels.senet154(pretrained=None)
+        return _senet_map(network, stem, weights, sha256)
+
+
+def _senet_map(network: nn.Module, stem: str, weights: Path | str | None, sha256: str) -> FeatureMap:
+    """Return any of pretrainedmodels' SENets as a feature map for four channels."""
+    features = network.last_linear.in_features
+    for part in ("avg_pool", "dropout", "last_linear"):
+        delattr(network, part)
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"{weights}: no such file. SENet-154's ImageNet weights are at {SENET154_URL}; "
+                "weights = None starts from random ones"
+            )
+        state = load_checked(weights, sha256)
+        try:
+            network.load_state_dict({k: v for k, v in state.items() if not k.startswith("last_linear.")})
+        except RuntimeError as error:
+            raise ValueError(f"{weights}: not the weights of this network. {error}") from error
+    network.layer0.conv1 = widen_stem(network.layer0.conv1, stem)
+    return FeatureMap(network.to(memory_format=torch.channels_last), features, ("layer3", "layer4"))
 
 
 class FirstPlace(nn.Module):
