@@ -11,7 +11,7 @@ import pytest
 
 from whalelib import contest, metrics, report
 from whalelib.data import open_catalog, statistics
-from whalelib.report import recompute
+from whalelib.report import chapter3, recompute
 
 SET = os.environ.get("WHALE_REFERENCE", "")
 REFERENCE = Path(SET) / "reference"
@@ -143,28 +143,15 @@ def test_real_submissions_pass_the_checks():
         assert len(refused) == leaked and all("6 labels instead of 5" in problem for problem in refused), path
 
 
-CHECKPOINTS = [("2", 22.6), ("2.1", 66.6), ("2.1.1", 67.2), ("4", 26.0), ("4.4", 70.0), ("4.4.2", 71.0)]
-
-
 def test_table_3_2_is_in_the_logs_but_for_its_errata():
-    printed = report.table("3.2")
-    differ = {}
-    for (log, iteration), row in zip(CHECKPOINTS, printed.to_dict("records"), strict=True):
-        text = gzip.decompress((REFERENCE / "logs_1st" / f"train.{log}.log.gz").read_bytes()).decode()
-        (line,) = re.findall(rf"^\S+ {iteration:.2f} k .*$", text, flags=re.M)
-        valid, train = (re.findall(r"[\d.]+", part) for part in line.split("|")[1:3])
-        logged = {
-            "MAP@5 train": (train[2], 3),
-            "MAP@5 validation": (valid[3], 4),
-            "Top@1 train (%)": (train[1], 1),
-            "Top@1 validation (%)": (valid[1], 1),
-        }
-        for column, (value, digits) in logged.items():
-            if round(float(value), digits) != row[column]:
-                differ[f"{row['Model']}, step {row['Step']}, {column}"] = (
-                    row[column],
-                    round(float(value), digits),
-                )
+    printed, logged = report.table("3.2"), recompute.table_3_2(REFERENCE)
+    assert list(printed) == list(logged)
+    differ = {
+        f"{row['Model']}, step {row['Step']}, {column}": (row[column], logged[column][place])
+        for place, row in printed.iterrows()
+        for column in printed
+        if row[column] != logged[column][place]
+    }
     assert differ == {
         "First, step 3, Top@1 validation (%)": (80.0, 80.1),
         "Second, step 2, Top@1 train (%)": (45.4, 37.7),
@@ -173,6 +160,60 @@ def test_table_3_2_is_in_the_logs_but_for_its_errata():
     assert sorted(zip(map(float, cells["printed"]), map(float, cells["corrected"]), strict=True)) == sorted(
         differ.values()
     )
+
+
+def test_every_line_of_the_first_solutions_logs_is_accounted_for():
+    starts, rows = recompute.first_place_logs(REFERENCE)
+    assert (len(starts), len(rows), rows["log"].nunique()) == (15, 2278, 10)
+    for log, part in rows.groupby("log"):
+        text = gzip.decompress((REFERENCE / "logs_1st" / f"train.{log}.log.gz").read_bytes()).decode()
+        assert len(part) == text.count(" hr ")  # each row ends with a time, no other line has one
+        assert (starts["log"] == log).sum() == text.count("start_time")
+    assert starts.groupby("log")["rows"].sum().to_dict() == rows["log"].value_counts().to_dict()
+    # Three rows were written twice: by starts that a later one undid.
+    assert rows.loc[rows["superseded"], ["log", "line"]].to_numpy().tolist() == [
+        ["1", 13],
+        ["1", 71],
+        ["1", 72],
+    ]
+
+
+def test_the_logs_tell_which_photographs_were_trained_on():
+    starts = report.first_place_starts().dropna(subset="photographs").set_index("log")["photographs"]
+    sizes = {
+        log: len(pd.read_csv(REFERENCE / "competition" / f"train_split_{n}.csv")) for log, n in SPLIT.items()
+    }
+    assert set(sizes.values()) == {24619, 26393}
+    assert (starts / pd.Series(sizes)[starts.index]).between(0.999, 1.001).all()
+
+
+SPLIT = {"1": 1, "2": 1, "2.1": 1, "2.1.1": 1, "3": 1, "2.2": 2, "4": 2, "4.3": 2, "4.4": 2, "4.4.2": 2}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["first_place_starts", "first_place_checkpoints", "first_place_curves", "chapter3_facts", "table 3.2"],
+)
+def test_what_notebooks_say_of_chapter_3(name):
+    equal, cells = map(
+        int, re.search(r"(\d+) of (\d+) cells equal", report.provenance(name, REFERENCE)).groups()
+    )
+    assert equal == cells - 2 * (name == "table 3.2")
+
+
+def test_the_extra_photographs_carry_the_playgrounds_labels():
+    extra, playground = recompute.extra_photographs(REFERENCE), recompute.playground_labels(REFERENCE)
+    assert set(extra["splits"]) == {4} and extra["Image"].is_unique
+    carried = chapter3.carried_labels(extra[["Image", "Id"]], playground)
+    assert (carried["labels"] == 1).all()
+    # Shuffled among the photographs, the same labels would contradict one another for nearly all whales.
+    shuffled = extra.assign(Id=np.random.default_rng(0).permutation(extra["Id"]))[["Image", "Id"]]
+    several = chapter3.carried_labels(shuffled, playground).query("extra > 1")
+    assert (several["labels"] > 1).mean() > 0.9
+    # One of the ten photographs at hand is in both contests, and its whale's extra photographs say what it says.
+    photograph = open_catalog(Path(SET) / "real" / "photos2019").table.set_index("image")
+    twin = playground.set_index("Image").loc["b35cb9b8.jpg", "Id"]
+    assert carried.set_index("whale").loc[twin, "label"] == photograph.loc["000a6daec.jpg", "identity"]
 
 
 def test_table_4_3_is_in_the_logs():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from whalelib import report
 from whalelib.data.world.photograph import SPECIALS
-from whalelib.report import chapter2
+from whalelib.report import chapter2, chapter3
 
 ROOT = Path(__file__).parent.parent
 TABLES = [
@@ -251,7 +251,7 @@ def test_data_files_are_small():
     files = [
         path for part in (folder, folder / "tables") for path in part.iterdir() if path.name.endswith(".csv")
     ]
-    assert len(files) == 26
+    assert len(files) == 30
     for path in files:
         assert len(path.read_bytes()) < 30_000, path.name
 
@@ -298,3 +298,105 @@ def test_contrast_histogram_of_one_split():
     histogram = chapter2.figure_2_3(["test"] * 4, [0, 1, 9, 10])
     assert histogram["photographs"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0, 2]
     assert histogram["low"].tolist() == list(range(10)) and set(histogram["split"]) == {"test"}
+
+
+HEADER = """\
+ start_time :2020-01-02 03:04:05
+ batch_size :5
+"""
+TITLES = """\
+ rate     iter   epoch  | valid   top@1    top@5    map@5  | train    top@1    top@5    map@5 | batch  |  time
+-----------------------------------------------------------------------------------------------------------------
+"""
+RESUMED = HEADER + "  start from600, l_rate =3e-05 \nfreeze=True, batch_size=5, min_num_class=0 \n" + TITLES
+
+
+def log_row(iteration, epoch, train="1.304    52.100    0.656", time=" 1 hr 04 min"):
+    return (
+        f"0.00030 {iteration / 1000:5.2f} k {epoch:5.2f}  | 1.348    76.685    91.779    0.8342    0.4000 | "
+        f"{train} | 1.361     45.000    0.592 | {time} \n"
+    )
+
+
+def test_a_training_log_is_read_line_by_line():
+    nothing = "0.000    0.000    0.000"
+    text = (
+        HEADER + TITLES + log_row(0, 0, nothing) + "".join(log_row(i, i / 500) for i in (200, 400, 600, 800))
+    )
+    text += RESUMED + log_row(600, 1.2, nothing) + log_row(800, 1.6)
+    starts, rows = chapter3.read_log(text, "7")
+    assert starts["rows"].tolist() == [5, 2] and starts["batch"].tolist() == [5, 5]
+    assert starts["from"].isna().tolist() == [True, False] and starts["from"][1] == 600
+    assert (starts["frozen"][1], starts["rate"][1], starts["least"][1]) == ("True", 3e-05, 0)
+    assert starts["photographs"].tolist() == [10000, 10000]
+    assert rows["iteration"].tolist() == [0, 200, 400, 600, 800, 600, 800]
+    assert rows["superseded"].tolist() == [False] * 3 + [True] * 2 + [False] * 2
+    assert rows["train_loss"].isna().tolist() == [True, *[False] * 4, True, False]
+    last = rows.iloc[-1]
+    assert (last["valid_top5"], last["threshold"], last["train_map5"], last["batch_map5"]) == (
+        91.779,
+        0.4,
+        0.656,
+        0.592,
+    )
+    assert last["minutes"] == 64 and last["line"] == 17 and text.splitlines()[16].startswith("0.00030")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (HEADER + "Traceback (most recent call last):\n", "line 3: Traceback"),
+        (HEADER + TITLES + log_row(0, 0)[:-30] + "\n", "line 5: 0.00030"),
+        (log_row(0, 0) + HEADER, "line 1: 0.00030"),
+        (HEADER + TITLES + log_row(0, 0).replace("0.8342", "nan"), "line 5: 0.00030"),
+        (
+            HEADER + "odd\n" + TITLES + "odd again\n",
+            "2 lines that cannot be read\n  line 3: odd\n  line 6: odd again",
+        ),
+    ],
+)
+def test_a_log_with_odd_lines_is_refused(text, told):
+    with pytest.raises(ValueError, match="log 7: ") as refused:
+        chapter3.read_log(text, "7")
+    assert told in str(refused.value)
+
+
+def test_an_empty_log_has_no_rows():
+    starts, rows = chapter3.read_log("", "7")
+    assert starts.empty and rows.empty and list(rows) == chapter3.ROWS and list(starts) == chapter3.STARTS
+
+
+def test_checkpoints_of_the_first_solutions_training():
+    found = report.first_place_checkpoints()
+    assert found[["Model", "Step", "log", "iteration"]].equals(chapter3.CHECKPOINTS)
+    corrected = found.set_index(["Model", "Step"])["train_top1"]
+    assert corrected["Second", 2] == 37.7
+    later = found[found["Step"] > 1]
+    # Each was the best row of its log, and better than its neighbours by several points.
+    assert later["best"].all() and (later["valid_map5"] - later["around"]).between(0.02, 0.08).all()
+    assert (later["valid_map5"] - later["last"]).min() > 0.14
+
+
+def test_curves_hold_the_checkpoints_and_show_the_drift():
+    curves = report.first_place_curves()
+    keys = ["Model", "Step", "iteration"]
+    assert not curves.duplicated(keys).any()
+    both = report.first_place_checkpoints().merge(curves, on=keys, suffixes=("", "_curve"))
+    assert len(both) == 6 and (both["valid_map5"] == both["valid_map5_curve"]).all()
+    last = chapter3.stretches(curves).query("Step == 3 and stretch == 4")
+    assert (last["train_top1"] == 25).all() and last["train_loss"].between(1.3, 1.5).all()
+    assert len(chapter3.stretches(curves, parts=2)) == 12
+
+
+def test_carried_labels():
+    playground = pd.DataFrame({"Image": list("abcdef"), "Id": ["x", "x", "x", "y", "y", "new_whale"]})
+    extra = pd.DataFrame({"Image": list("abdfz"), "Id": ["u", "v", "w", "w", "w"]})
+    found = chapter3.carried_labels(extra, playground)
+    assert found.to_numpy().tolist() == [["x", 3, 2, 2, "u"], ["y", 2, 1, 1, "w"]]
+
+
+def test_chapter_3_facts():
+    facts = report.chapter3_facts()
+    assert facts["extra photographs"] == 1774 and facts["whales of the extra photographs"] == 792
+    assert f"{facts['share of new_whale first, First']:.1%}" == "45.3%"
+    assert f"{facts['share of new_whale first, Second']:.1%}" == "44.1%"

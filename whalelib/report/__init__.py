@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from whalelib.report import chapter2, recompute
+from whalelib.report import chapter2, chapter3, recompute
 
 __all__ = [
     "INDEX",
     "TO_COME",
     "bad_photographs",
     "chapter2",
+    "chapter3",
+    "chapter3_facts",
     "claim_problems",
     "claims",
     "class_sizes",
@@ -27,6 +29,9 @@ __all__ = [
     "diagonals",
     "errata",
     "facts",
+    "first_place_checkpoints",
+    "first_place_curves",
+    "first_place_starts",
     "image_sizes",
     "image_sizes_like",
     "image_sizes_rest",
@@ -223,12 +228,43 @@ def bad_photographs() -> pd.DataFrame:
     return _read("bad_photographs.csv", dtype=str)
 
 
+def first_place_starts() -> pd.DataFrame:
+    """Every start of the first solution's training program by the report's authors, in the order of time.
+
+    Columns log, start, started, batch, rate, from, frozen, least, rows, photographs: see `chapter3.read_log`. Six of
+    the ten logs stand behind Table 3.2 (`first_place_checkpoints`), the other four behind no number of the report.
+    """
+    return _read("first_place_starts.csv", dtype={"log": str, "frozen": str})
+
+
+def first_place_checkpoints() -> pd.DataFrame:
+    """What those logs say of each row of Table 3.2: the columns of `chapter3.checkpoints`."""
+    return _read("first_place_checkpoints.csv", dtype={"log": str})
+
+
+def first_place_curves() -> pd.DataFrame:
+    """The curves of the six logs behind Table 3.2, thinned: the columns of `chapter3.curves`."""
+    return _read("first_place_curves.csv")
+
+
+def chapter3_facts() -> pd.Series:
+    """Numbers behind the text of chapter 3, indexed by fact.
+
+    On the photographs that the first solution's training splits 2 to 5 add to the contest's (section 3.2.2; those
+    "with a label of the playground" are the ones whose own label in that contest is at hand), and on how often a
+    submission names `new_whale` first (section 3.4.2): the two of the report's authors, the second and third
+    solutions'.
+    """
+    return _read("chapter3_facts.csv").set_index("fact")["value"]
+
+
 def provenance(name: str, reference: Path | None = None) -> str:
     """Where the competition's numbers come from, as a sentence; those derived again are compared.
 
     Args:
-        name: "table 2.1" to "table 2.4", or a function here and in `recompute`: "facts", "class_sizes",
-            "image_sizes", "diagonals", "contrast_histogram", "bad_photographs".
+        name: "table 2.1" to "table 2.4", "table 3.2" (as printed, so its errata differ), or a function here and in
+            `recompute`: "facts", "class_sizes", "image_sizes", "diagonals", "contrast_histogram",
+            "bad_photographs", "first_place_starts", "first_place_checkpoints", "first_place_curves", "chapter3_facts".
         reference: folder with the authors' own files; None where it is not at hand.
     """
     kept = table(name.removeprefix("table ")) if name.startswith("table ") else globals()[name]()
@@ -236,8 +272,8 @@ def provenance(name: str, reference: Path | None = None) -> str:
     if reference is None:
         return f"{title}: quoted as kept in whalelib.report; the authors' files are not at hand."
     derived = getattr(recompute, name.replace(" ", "_").replace(".", "_"))(reference)
-    if name == "facts":
-        derived = derived.set_index("fact")
+    if name in ("facts", "chapter3_facts"):
+        derived, kept = derived.set_index("fact"), pd.DataFrame(kept)
         kept = kept[list(derived)]
     if kept.shape != derived.shape:
         return (

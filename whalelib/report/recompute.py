@@ -1,11 +1,13 @@
 """The report's numbers derived again from its authors' own files.
 
 Every function takes `reference`, the folder with the authors' counts (`data_analysis/`), labels
-(`competition/`) and predictions (`predictions/`, `curation/`). The files are not part of this project; the
-numbers below are.
+(`competition/`), predictions (`predictions/`, `curation/`), submissions (`submissions/`) and training logs
+(`logs_1st/`). The files are not part of this project; the numbers below are.
 """
 
+import gzip
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pandas as pd
 
 from whalelib import metrics
 from whalelib.contest import read_submission
-from whalelib.report import chapter2
+from whalelib.report import chapter2, chapter3
 
 SPLITS = chapter2.SPLITS
 COMMON = 5
@@ -170,6 +172,89 @@ def facts(reference: Path) -> pd.DataFrame:
         )
     frame = pd.DataFrame(rows, columns=["fact", *SPLITS, "all"])
     return frame.astype({"train": float, "test": float, "all": float}).round(6)
+
+
+def first_place_logs(reference: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read all training logs of the first solution, as `chapter3.read_log` reads one: starts and rows.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a line that cannot be read.
+    """
+    paths = sorted((Path(reference) / "logs_1st").glob("train.*.log.gz"))
+    if not paths:
+        raise FileNotFoundError(f"{Path(reference) / 'logs_1st'}: no train.NAME.log.gz")
+    read = []
+    for path in paths:
+        text = gzip.decompress(path.read_bytes()).decode()
+        read.append(chapter3.read_log(text, path.name.removeprefix("train.").removesuffix(".log.gz")))
+    starts, rows = (pd.concat(parts, ignore_index=True) for parts in zip(*read, strict=True))
+    return starts, rows
+
+
+def table_3_2(reference: Path) -> pd.DataFrame:
+    """Table 3.2 from the training logs."""
+    return chapter3.table_3_2(first_place_logs(reference)[1])
+
+
+def first_place_starts(reference: Path) -> pd.DataFrame:
+    """Every start of the training program, in the order of time: `starts` of `chapter3.read_log`."""
+    starts = first_place_logs(reference)[0].sort_values("started", ignore_index=True)
+    return starts.drop(columns="line")
+
+
+def first_place_checkpoints(reference: Path) -> pd.DataFrame:
+    """`chapter3.checkpoints` of the training logs."""
+    return chapter3.checkpoints(first_place_logs(reference)[1])
+
+
+def first_place_curves(reference: Path) -> pd.DataFrame:
+    """`chapter3.curves` of the training logs."""
+    return chapter3.curves(first_place_logs(reference)[1])
+
+
+def extra_photographs(reference: Path) -> pd.DataFrame:
+    """The photographs that the first solution's splits 2 to 5 add to the contest's: Image, Id, splits (how many)."""
+    folder = Path(reference) / "competition"
+    contest = pd.read_csv(folder / "train.csv")["Image"]
+    splits = pd.concat([pd.read_csv(folder / f"train_split_{n}.csv").assign(split=n) for n in range(1, 6)])
+    extra = splits[~splits["Image"].isin(contest)]
+    return extra.groupby(["Image", "Id"]).size().rename("splits").reset_index()
+
+
+def playground_labels(reference: Path) -> pd.DataFrame:
+    """The playground contest's own labels (Image, Id), from `real/playground2018.zip` beside the reference."""
+    with zipfile.ZipFile(Path(reference).parent / "real" / "playground2018.zip") as archive:
+        parts = [pd.read_csv(archive.open(name)) for name in ("train.csv", "test_labels.csv")]
+    return pd.concat(parts, ignore_index=True)[["Image", "Id"]]
+
+
+def chapter3_facts(reference: Path) -> pd.DataFrame:
+    """The numbers of `whalelib.report.chapter3_facts`: fact, value."""
+    extra, folder = extra_photographs(reference), Path(reference) / "submissions"
+    carried = chapter3.carried_labels(extra[["Image", "Id"]], playground_labels(reference))
+    several = carried[carried["extra"] > 1]
+    rows = [
+        ("extra photographs", len(extra)),
+        ("extra photographs of new_whale", (extra["Id"] == metrics.NEW_WHALE).sum()),
+        ("whales of the extra photographs", extra.loc[extra["Id"] != metrics.NEW_WHALE, "Id"].nunique()),
+        ("splits that have the extra photographs", extra["splits"].max()),
+        ("extra photographs with a label of the playground", carried["extra"].sum()),
+        ("playground whales with extra photographs", len(carried)),
+        ("of these, whales with several", len(several)),
+        ("extra photographs of those", several["extra"].sum()),
+        ("playground whales with contradicting labels", (carried["labels"] > 1).sum()),
+    ]
+    submissions = {
+        "First": "first/test.2.1.1",
+        "Second": "first/test.4.4.2",
+        "second solution": "second/2nd_ensemble",
+        "third solution": "third/submission",
+    }
+    for name, file in submissions.items():
+        first = read_submission(folder / f"{file}.csv")["Id"].str.split().str[0]
+        rows.append((f"share of new_whale first, {name}", (first == metrics.NEW_WHALE).mean()))
+    return pd.DataFrame(rows, columns=["fact", "value"]).astype({"value": float}).round(6)
 
 
 def find_predictions(reference: Path) -> list[Path]:
