@@ -183,10 +183,10 @@ def test_senet154_is_whole():
     assert frozen == pytest.approx(0.046, abs=5e-4)
 
 
-@pytest.mark.parametrize(("edition", "biases"), [("as_described", 0), ("as_shipped", 10008)])
-def test_heads_of_the_whole_network(edition, biases):
+@pytest.mark.parametrize(("bias", "biases"), [(False, 0), (True, 10008)])
+def test_heads_of_the_whole_network(bias, biases):
     with torch.device("meta"):
-        model = models.FirstPlace(5004, models.senet154(), edition=edition)
+        model = models.FirstPlace(5004, models.senet154(), bias=bias)
     assert models.count_parameters(model.head) == 2048 * 10008 + biases
     assert models.count_parameters(model.squeeze) == 2048 * 512 + 512
     assert round((2048 * 10008 + biases) / 1e6, 1) == 20.5

@@ -297,8 +297,10 @@ class FirstPlace(nn.Module):
     Args:
         identities: C.
         backbone: a :class:`FeatureMap`; default the laptop's.
-        edition: "as_described": RGB, normalised as the backbone's pretraining was, no bias in the linear layer, dropout
-            in training only. "as_shipped": BGR from 0 to 1, a bias, and dropout always.
+        edition: "as_described": RGB, normalised as the backbone's pretraining was, and dropout in training only.
+            "as_shipped": BGR from 0 to 1, and dropout always.
+        bias: of the linear layer. Section 3.3.2 says there is none, section 3.3.4 that it starts at 0, as it does
+            in the code; without one the network can't say that most answers are wrong whatever it sees.
         dropout: its rate.
         mean, std: of the pixels of the pretraining, a number or one a channel.
         seed: of the new weights, and of the dropout that is always on.
@@ -312,6 +314,7 @@ class FirstPlace(nn.Module):
         backbone: FeatureMap | None = None,
         *,
         edition: str = "as_described",
+        bias: bool = True,
         dropout: float = 0.2,
         local: int = 512,
         mean: float | tuple[float, ...] = LITE0_MEAN,
@@ -327,11 +330,11 @@ class FirstPlace(nn.Module):
             )
             features = self.backbone.num_features
             self.neck = nn.BatchNorm1d(features)
-            self.head = nn.Linear(features, 2 * identities, bias=shipped)
+            self.head = nn.Linear(features, 2 * identities, bias=bias)
             nn.init.normal_(self.head.weight, std=1e-3)
             self.squeeze = nn.Conv2d(features, local, 1)
             self.local_neck = nn.BatchNorm1d(local)
-        if shipped:
+        if bias:
             nn.init.zeros_(self.head.bias)
         for norm in (self.neck, self.local_neck):
             norm.bias.requires_grad_(False)

@@ -114,7 +114,8 @@ def fit(
         stop: told each epoch's row, ends the run when true.
         on_epoch: called with (model, row) after each epoch, for instance to validate; what it returns is
             logged.
-        best: a logged name: the weights of the epoch where it is highest are kept as ``best.safetensors``.
+        best: a logged name: the weights of the epoch where it is highest are kept as ``best.safetensors``, the
+            optimizer's state with them; see ``load_best``.
         settings: what else must be the same for a checkpoint to be continued (plain values).
 
     Returns:
@@ -193,7 +194,7 @@ def fit(
                 row |= _plain(fabric.broadcast(found) or {})
             progress = Progress(epoch=progress.epoch + 1, rows=[*progress.rows, row])
             if best:
-                checkpoints.save_best(model, progress, best)
+                checkpoints.save_best(model, optimizer, progress, best)
             checkpoints.save(model, optimizer, progress)
     model.train(was_training)
     return pd.DataFrame(progress.rows)
@@ -256,7 +257,7 @@ class Checkpoints:
         """Remove what an earlier run left."""
         if self.writes:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-            for name in ("log.csv", "best.safetensors"):
+            for name in ("log.csv", "best.safetensors", "best-optimizer.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
 
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
@@ -285,11 +286,13 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         self._write_log(progress)
 
-    def save_best(self, model: nn.Module, progress: Progress, name: str) -> None:
-        """Keep the weights apart, if the last row is the highest in what is logged as ``name``."""
+    def save_best(self, model: nn.Module, optimizer: Optimizer, progress: Progress, name: str) -> None:
+        """Keep the state apart, if the last row is the highest in what is logged as ``name``."""
         if name not in progress.rows[-1]:
             raise ValueError(f"best = {name!r}: the log has {', '.join(progress.rows[-1])}")
         if self.writes and progress.rows[-1][name] >= max(row[name] for row in progress.rows):
+            with replacing(self.folder / "best-optimizer.safetensors") as part:
+                _write_tensors(_optimizer_state(model, optimizer)[0], part)
             save_weights(model, self.folder / "best.safetensors")
 
     def load(self, model: nn.Module, optimizer: Optimizer) -> Progress:
@@ -345,6 +348,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_best(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Read the best epoch's weights and optimizer's state, for another run to go on from.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another model.
+    """
+    load_weights(model, Path(folder) / "best.safetensors")
+    path = Path(folder) / "best-optimizer.safetensors"
+    try:
+        _restore_optimizer(model, optimizer, load_file(path), {})
+    except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
