@@ -14,7 +14,18 @@ from torch import nn
 from whalelib import augment
 from whalelib.data import NEW_WHALE, open_catalog
 from whalelib.data.photographs import Photographs
-from whalelib.identify import choose_threshold, embed, hold_out, identity_similarity, threshold_curve, top5
+from whalelib.identify import (
+    choose_threshold,
+    class_balance,
+    confidence_of,
+    embed,
+    hold_out,
+    identity_similarity,
+    pseudo_label_precision,
+    pseudo_labels,
+    threshold_curve,
+    top5,
+)
 from whalelib.metrics import average_precision_at_k, map_at_k
 
 SET = os.environ.get("WHALE_REFERENCE", "")
@@ -283,3 +294,129 @@ def test_hold_out_takes_only_as_asked(catalog):
     _, held = hold_out(catalog, share=1 / 6, new=0.0)
     assert len(held) == 1
     assert held.table["identity"].isin(["ada", "bo"]).all()
+
+
+@given(tables(), GRID)
+@settings(deadline=None)
+def test_confidence_of_guesses(table, threshold):
+    similarity, identities = table
+    guesses = top5(similarity, identities, threshold)
+    confidence = confidence_of(guesses, similarity, identities, threshold)
+    for row, guessed, sure in zip(similarity, guesses, confidence, strict=True):
+        expected = {NEW_WHALE: threshold, None: np.nan} | dict(zip(identities, row, strict=True))
+        assert sure == pytest.approx([expected[guess] for guess in guessed], nan_ok=True)
+        assert (np.diff(sure[~np.isnan(sure)]) <= 0).all()
+
+
+def test_confidence_of_refuses():
+    with pytest.raises(ValueError, match="c is a guess"):
+        confidence_of([["a", "c"]], [[0.1, 0.2]], ["a", "b"], 0.5)
+    with pytest.raises(ValueError, match=r"shape \(1, 2\) for 2 rows"):
+        confidence_of([["a"], ["b"]], [[0.1, 0.2]], ["a", "b"], 0.5)
+
+
+def naive_class_balance(guesses, confidence, gap, many, new):
+    """The report's sentence, one photograph after the other."""
+    result, swapped = [list(row) for row in guesses], []
+    for i, (row, sure) in enumerate(zip(guesses, confidence, strict=True)):
+        first, second = row[0], row[1]
+        near = first is not None and second is not None and abs(sure[0] - sure[1]) < gap
+        unused = all(other[0] != second for other in guesses)
+        often = sum(first in other[:2] for other in guesses) >= many
+        swapped.append(near and unused and often and (new or NEW_WHALE not in (first, second)))
+        if swapped[-1]:
+            result[i][:2] = [second, first]
+    return result, swapped
+
+
+@given(tables(), GRID, st.sampled_from([0.0, 0.3, 0.6, 2.0]), st.integers(1, 4), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_class_balance_is_the_reports_rule(table, threshold, gap, many, new):
+    similarity, identities = table
+    guesses = top5(similarity, identities, threshold)
+    confidence = confidence_of(guesses, similarity, identities, threshold)
+    before = guesses.copy()
+    balanced, swapped = class_balance(guesses, confidence, gap, many, new)
+    expected, expected_swapped = naive_class_balance(guesses, confidence, gap, many, new)
+    assert balanced.tolist() == expected and swapped.tolist() == expected_swapped
+    assert np.array_equal(guesses, before)
+    order = np.arange(len(guesses))[::-1]
+    again, _ = class_balance(guesses[order], confidence[order], gap, many, new)
+    assert again.tolist() == balanced[order].tolist()
+
+
+def test_class_balance_by_hand():
+    guesses = np.array([["a", "b", "c"], ["a", "c", "b"], ["c", "a", "b"], ["d", "e", "a"]], dtype=object)
+    confidence = np.array([[0.9, 0.7, 0.1], [0.9, 0.5, 0.1], [0.9, 0.8, 0.1], [0.5, 0.4, 0.1]])
+    # b is nowhere first and near a, which is often used; c and a are first somewhere; d is used once only.
+    balanced, swapped = class_balance(guesses, confidence)
+    assert swapped.tolist() == [True, False, False, False] and balanced[0].tolist() == ["b", "a", "c"]
+    assert class_balance(guesses, confidence, many=1)[1].tolist() == [True, False, False, True]
+    assert not class_balance(guesses, confidence, gap=0.1)[1].any()
+    assert not class_balance(guesses, confidence, many=4)[1].any()
+
+
+def test_class_balance_and_new_whale():
+    guesses = np.array([[NEW_WHALE, "a"], [NEW_WHALE, "b"]], dtype=object)
+    confidence = np.array([[0.4, 0.3], [0.4, 0.05]])
+    assert class_balance(guesses, confidence)[0].tolist() == [["a", NEW_WHALE], [NEW_WHALE, "b"]]
+    assert not class_balance(guesses, confidence, new=False)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("guesses", "confidence", "options", "message"),
+    [
+        ([["a", "b"]], [[0.1]], {}, r"shape \(1, 2\), their confidence of shape \(1, 1\)"),
+        ([["a"]], [[0.1]], {}, "shape"),
+        (["a", "b"], [0.1, 0.2], {}, "shape"),
+        ([["a", "b"], ["a", "b"]], [[0.2, 0.1], [0.2, np.nan]], {}, "1 of 2 rows"),
+        ([["a", "b"]], [[0.2, 0.1]], {"gap": -0.1}, "gap = -0.1"),
+        ([["a", "b"]], [[0.2, 0.1]], {"gap": np.nan}, "gap = nan"),
+        ([["a", "b"]], [[0.2, 0.1]], {"many": 0}, "many = 0"),
+    ],
+)
+def test_class_balance_refuses(guesses, confidence, options, message):
+    with pytest.raises(ValueError, match=message):
+        class_balance(guesses, confidence, **options)
+
+
+def test_pseudo_labels():
+    probability = np.array([[0.97, 0.99], [0.96, 0.1], [0.97, 0.97], [0.0, 1.0]])
+    found = pseudo_labels(probability, ["a", "b"], ["1.jpg", "2.jpg", "3.jpg", "4.jpg"])
+    assert found.to_numpy().tolist() == [["1.jpg", "b", 0.99], ["3.jpg", "a", 0.97], ["4.jpg", "b", 1.0]]
+    assert len(pseudo_labels(probability, ["a", "b"], list("1234"), confidence=-1)) == 4
+    assert pseudo_labels(probability[:1] * 0.5, ["a", "b"], ["1"]).to_dict("list") == {
+        "image": [],
+        "identity": [],
+        "confidence": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("probability", "identities", "images", "message"),
+    [
+        ([[0.5, 0.5]], ["a"], ["1"], r"shape \(1, 2\) for 1 photographs, 1 identities"),
+        ([[0.5]], ["a"], ["1", "2"], "2 photographs"),
+        (np.zeros((1, 0)), [], ["1"], "0 identities"),
+        ([[0.5], [0.6]], ["a"], ["1", "1"], "1 is named twice"),
+        ([[-0.2]], ["a"], ["1"], "between 0 and 1"),
+        ([[1.2]], ["a"], ["1"], "between 0 and 1"),
+        ([[np.nan]], ["a"], ["1"], "between 0 and 1"),
+    ],
+)
+def test_pseudo_labels_refuse(probability, identities, images, message):
+    with pytest.raises(ValueError, match=message):
+        pseudo_labels(probability, identities, images)
+
+
+def test_precision_of_pseudo_labels():
+    probability = np.array([[0.97], [0.98], [0.5], [0.2]])
+    labels = pseudo_labels(probability, ["a"], list("1234"), confidence=-1)
+    truth = {"1": "a", "2": NEW_WHALE, "3": "a", "4": "b", "5": "a"}
+    found = pseudo_label_precision(labels, truth, steps=(0, 0.4, 0.96, 0.99)).set_index("confidence")
+    assert found["labels"].tolist() == [4, 3, 2, 0] and found["right"].tolist() == [2, 2, 1, 0]
+    assert found["precision"].tolist()[:3] == pytest.approx([0.5, 2 / 3, 0.5])
+    assert (found["low"][:0.96] < found["precision"][:0.96]).all() and (found["high"][:0.96] <= 1).all()
+    assert found.loc[0.99, ["precision", "low", "high"]].isna().all()
+    with pytest.raises(ValueError, match="1 of 4 labelled"):
+        pseudo_label_precision(labels, {"1": "a", "2": "a", "3": "a"})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binomtest
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -166,6 +167,141 @@ def choose_threshold(similarity: np.ndarray, identities, truth, new_share: float
     """
     thresholds, scores = threshold_curve(similarity, identities, truth, new_share)
     return float(thresholds[scores.argmax()])
+
+
+def confidence_of(guesses: np.ndarray, similarity: np.ndarray, identities, threshold: float) -> np.ndarray:
+    """Return how sure each guess is: its similarity or probability; the threshold for ``new_whale``.
+
+    Args:
+        guesses: (Q, K) labels, as ``top5`` returns them; None is no guess.
+        similarity: (Q, C).
+        identities: (C,).
+        threshold: that the guesses were made with.
+
+    Returns:
+        (Q, K) float64; NaN where there is no guess.
+
+    Raises:
+        ValueError: lengths differ, or a guess is none of the identities.
+    """
+    guesses, similarity = np.asarray(guesses, dtype=object), np.asarray(similarity)
+    if similarity.shape != (len(guesses), len(identities)):
+        raise ValueError(
+            f"similarity of shape {similarity.shape} for {len(guesses)} rows, {len(identities)} identities"
+        )
+    place = pd.Index(identities).get_indexer(guesses.ravel()).reshape(guesses.shape)
+    none = pd.isna(guesses)
+    if unknown := set(guesses[(place < 0) & ~none]) - {NEW_WHALE}:
+        raise ValueError(f"{min(map(str, unknown))} is a guess, but none of the identities")
+    found = np.take_along_axis(similarity.astype(float), place, axis=1)
+    return np.where(none, np.nan, np.where(guesses == NEW_WHALE, threshold, found))
+
+
+def class_balance(
+    guesses: np.ndarray, confidence: np.ndarray, gap: float = 0.3, many: int = 2, new: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exchange first and second guess where that spreads the first places over more whales (section 3.2.3).
+
+    That is where their confidence differs by less than ``gap``, the second is first nowhere, and the first is among
+    the first two guesses of many photographs. The report has no number for "many", and no code was
+    published; what follows is ours: the number, that all exchanges are decided on the guesses as given (so the order of
+    the photographs does not matter), and ``new``.
+
+    Args:
+        guesses: (Q, 5) labels, best first, of all photographs to be named; None is no guess.
+        confidence: (Q, 5) of the guesses, as ``confidence_of`` returns it.
+        gap: in units of the confidence.
+        many: photographs, this one included.
+        new: whether ``new_whale`` takes part as a class like the others; if not, no exchange moves it.
+
+    Returns:
+        (Q, 5) guesses and (Q,) booleans: which rows were exchanged.
+
+    Raises:
+        ValueError: shapes differ or hold no second guess, a guess without confidence, gap < 0, or many < 1.
+    """
+    guesses, confidence = np.array(guesses, dtype=object), np.asarray(confidence, dtype=float)
+    if guesses.ndim != 2 or guesses.shape[1] < 2 or guesses.shape != confidence.shape:
+        raise ValueError(f"guesses of shape {guesses.shape}, their confidence of shape {confidence.shape}")
+    there = ~pd.isna(guesses)
+    if unsure := (there & ~np.isfinite(confidence)).any(axis=1).sum():
+        raise ValueError(f"{unsure} of {len(guesses)} rows have a guess whose confidence is not finite")
+    if not gap >= 0 or many < 1:
+        raise ValueError(f"gap = {gap}, many = {many}: give a gap from 0 up and a number from 1 up")
+    both = there[:, :2].all(axis=1)
+    first, second = guesses[:, 0], guesses[:, 1]
+    uses = pd.Series(guesses[:, :2][there[:, :2]]).value_counts()
+    swapped = both & (np.abs(confidence[:, 0] - confidence[:, 1]) < gap)
+    swapped &= ~np.isin(second, first[there[:, 0]])
+    swapped &= pd.Series(first).map(uses).fillna(0).to_numpy() >= many
+    if not new:
+        swapped &= (guesses[:, :2] != NEW_WHALE).all(axis=1)
+    guesses[swapped, :2] = guesses[swapped, 1::-1]
+    return guesses, swapped
+
+
+def pseudo_labels(probability: np.ndarray, identities, images, confidence: float = 0.96) -> pd.DataFrame:
+    """Label photographs with the most probable identity where that is sure enough (section 3.2.2).
+
+    Args:
+        probability: (Q, C) from 0 to 1; rows need not add up to 1.
+        identities: (C,).
+        images: (Q,) names of the photographs, each once.
+        confidence: the label's probability must exceed it; below 0 every photograph gets its label.
+
+    Returns:
+        Columns image, identity, confidence, in the order of the photographs. Of equals the first identity counts.
+
+    Raises:
+        ValueError: lengths differ, no identities, a name twice, or a probability outside 0 to 1.
+    """
+    probability, images = np.asarray(probability), pd.Index(images)
+    if probability.shape != (len(images), len(identities)) or not len(identities):
+        raise ValueError(
+            f"probabilities of shape {probability.shape} for {len(images)} photographs, "
+            f"{len(identities)} identities"
+        )
+    if images.has_duplicates:
+        raise ValueError(f"{images[images.duplicated()][0]} is named twice")
+    if not ((probability >= 0) & (probability <= 1)).all():
+        raise ValueError("probabilities must lie between 0 and 1; similarities or logits do not")
+    best = probability.argmax(axis=1)
+    sure = np.take_along_axis(probability, best[:, None], axis=1)[:, 0].astype(float)
+    labels = np.asarray(identities, dtype=object)[best]
+    frame = pd.DataFrame({"image": images, "identity": labels, "confidence": sure})
+    return frame[sure > confidence].reset_index(drop=True)
+
+
+def pseudo_label_precision(
+    labels: pd.DataFrame, truth, steps=(0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.99)
+) -> pd.DataFrame:
+    """Return how many labels exceed each confidence, and what share of them is right.
+
+    Args:
+        labels: image, identity, confidence, as ``pseudo_labels`` returns them.
+        truth: image -> right identity; a photograph of ``new_whale`` has no right label but that.
+        steps: of confidence.
+
+    Returns:
+        A row each step: confidence, labels, right, precision, and low, high: its 95 % interval (Wilson's). Without
+        labels the last three are NaN.
+
+    Raises:
+        ValueError: a photograph without a right identity.
+    """
+    answers = labels["image"].map(truth)
+    if unknown := answers.isna().sum():
+        raise ValueError(f"{unknown} of {len(labels)} labelled photographs have no right identity")
+    right = (labels["identity"] == answers).to_numpy()
+    rows = []
+    for step in steps:
+        sure = labels["confidence"].to_numpy() > step
+        total, hits = int(sure.sum()), int(right[sure].sum())
+        row = (
+            [hits / total, *binomtest(hits, total).proportion_ci(method="wilson")] if total else [np.nan] * 3
+        )
+        rows.append([step, total, hits, *row])
+    return pd.DataFrame(rows, columns=["confidence", "labels", "right", "precision", "low", "high"])
 
 
 def hold_out(
