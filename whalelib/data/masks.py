@@ -1,5 +1,7 @@
 """Masks of flukes: run lengths in text, and the part of a mask that belongs to a crop."""
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -42,14 +44,14 @@ def decode_rle(text: str, shape: tuple[int, int] = MASK_SIZE) -> np.ndarray:
 
 
 def mask_pixels(
-    mask: np.ndarray | str, path: str, box: Box | None, size: tuple[int, int]
+    mask: np.ndarray | Path | str, path: str, box: Box | None, size: tuple[int, int]
 ) -> np.ndarray:
     """Return the part of a photograph's mask that lies in a box, resized as the photograph is.
 
     The edges come out grey (bilinear), as the first solution's did.
 
     Args:
-        mask: of the whole photograph, at any size: (H, W) uint8 or bool, the path of a picture, or run lengths.
+        mask: of the whole photograph, at any size: (H, W) uint8 or bool, the Path of a picture, or run lengths.
         path: of the photograph, whose pixels the box is in.
         box: x0, y0, x1, y1, or None for the whole.
         size: (H, W) of the result.
@@ -57,9 +59,10 @@ def mask_pixels(
     Returns:
         (H, W) uint8, 255 on the fluke.
     """
-    if isinstance(mask, str):
-        named = not mask or mask[0].isdecimal() and " " in mask and "/" not in mask
-        mask = decode_rle(mask) if named else read_image(mask, mode="L")
+    if isinstance(mask, Path):
+        mask = read_image(mask, mode="L")
+    elif isinstance(mask, str):
+        mask = decode_rle(mask)
     mask = np.asarray(mask)
     picture = Image.fromarray(mask.astype(np.uint8) * 255 if mask.dtype == bool else mask)
     if box is None:

@@ -27,9 +27,10 @@ CROPS = (None, "box")
 class Photographs(Dataset):
     """The photographs of a catalog as a dataset for PyTorch.
 
-    Item i is a dict: ``image`` (3, H, W) float32 RGB, 0 to 1 (with masks (4, H, W), the mask last); ``label`` the identity's place in ``known``, or
-    -1 for ``new_whale``, for an identity not in ``known`` and for none; ``index`` = i. A random draw for item
-    i in an epoch depends on (seed, epoch, i) alone, whatever the order, the batch or the worker.
+    Item i is a dict: ``image`` (3, H, W) float32 RGB, 0 to 1, with masks (4, H, W); ``label`` the identity's
+    place in ``known``, or -1 for ``new_whale``, for an identity not in ``known`` and for none; ``index`` = i.
+    A random draw for item i in an epoch depends on (seed, epoch, i) alone, whatever the order, the batch or
+    the worker.
 
     Args:
         catalog: what to read.
@@ -173,10 +174,13 @@ def as_tensor(pixels: np.ndarray) -> torch.Tensor:
     return tensor.div_(255) if pixels.dtype == np.uint8 else tensor
 
 
-def _masks(table) -> list[str | None]:
-    """Return each photograph's mask, a path or run lengths, as the columns ``mask`` and ``rle`` have it."""
-    columns = [table[name] for name in ("mask", "rle") if name in table]
-    masks = columns[0].astype(object)
-    for other in columns[1:]:
-        masks = masks.where(masks.notna(), other)
-    return [mask if isinstance(mask, str) else None for mask in masks]
+def _masks(table) -> list[Path | str | None]:
+    """Return each photograph's mask: the path in the column ``mask``, or the run lengths in ``rle``."""
+    masks = [None] * len(table)
+    for column, kind in (("rle", str), ("mask", Path)):
+        if column in table:
+            masks = [
+                kind(new) if isinstance(new, str) else old
+                for new, old in zip(table[column], masks, strict=True)
+            ]
+    return masks
