@@ -207,12 +207,16 @@ def test_the_first_solutions_values(golden, dtype):
 # ---------------------------------------------------------------- edge cases
 
 
-def whole(rows, stripes, logits, labels, new):
+def parts(rows, stripes, logits, labels, new):
     return (
-        triplet(euclidean(rows), labels, new)
-        + triplet(aligned(stripes), labels, new)
-        + top_errors(logits, labels)
+        triplet(euclidean(rows), labels, new),
+        triplet(aligned(stripes), labels, new),
+        top_errors(logits, labels),
     )
+
+
+def whole(*arguments):
+    return sum(parts(*arguments))
 
 
 CASES = {
@@ -233,9 +237,10 @@ def test_values_and_gradients_are_finite(labels, alike, dtype):
     tensors = [unit(count, 6, dtype=dtype), unit(count, 3, 6, dtype=dtype), 3 * unit(count, 12, dtype=dtype)]
     leaves = [tensor.requires_grad_() for tensor in tensors]
     expanded = [leaf.expand(len(labels), *leaf.shape[1:]) for leaf in leaves]
-    loss = whole(*expanded, torch.tensor(labels), 12)
-    loss.backward()
-    assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss.isfinite()
+    losses = parts(*expanded, torch.tensor(labels), 12)
+    sum(losses).backward()
+    assert {loss.dtype for loss in losses} == {torch.promote_types(dtype, torch.float32)}
+    assert all(loss.isfinite() for loss in losses)
     assert all(leaf.grad.isfinite().all() and leaf.grad.dtype == dtype for leaf in leaves)
 
 
