@@ -33,6 +33,7 @@ MOVED = (Targets.IMAGE, Targets.MASK)
 
 Range = tuple[float, float]
 Pixels = tuple[int, int]
+Length = Annotated[int, Field(ge=0)]
 Factor = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -164,7 +165,7 @@ class LabCLAHE(_Lightness):
 
 
 class BrightnessShift(A.ImageOnlyTransform):
-    """One constant added to all values of all channels (equation 3.5), cut to 0 to 255.
+    """One constant added to all values of all channels (equation 3.5), cut to 0 to 255 and to whole numbers.
 
     Args:
         shift: the constant, as a share of the whole range; below 0 it darkens.
@@ -182,7 +183,7 @@ class BrightnessShift(A.ImageOnlyTransform):
 
     def apply(self, img, **params):
         """Return ``img`` (H, W, 3) uint8, brighter or darker."""
-        return cv2.LUT(img, np.clip(np.round(np.arange(256) + 255 * self.shift), 0, 255).astype(np.uint8))
+        return cv2.LUT(img, np.clip(np.arange(256) + 255 * self.shift, 0, 255).astype(np.uint8))
 
 
 class RandomRotation(A.DualTransform):
@@ -250,8 +251,8 @@ class RandomErase(A.DualTransform):
     class InitSchema(A.DualTransform.InitSchema):
         """What the arguments must be."""
 
-        rows: Annotated[Pixels, AfterValidator(_rising)]
-        columns: Annotated[Pixels, AfterValidator(_rising)]
+        rows: Annotated[tuple[Length, Length], AfterValidator(_rising)]
+        columns: Annotated[tuple[Length, Length], AfterValidator(_rising)]
         fill: Literal["zero", "mean", "random"]
         inside: bool
 
@@ -319,6 +320,7 @@ class RandomShift(A.DualTransform):
     def apply(self, img, down, right, **params):
         """Return ``img``, moved."""
         height, width = img.shape[:2]
+        down, right = (max(-side, min(step, side)) for step, side in ((down, height), (right, width)))
         moved = np.zeros_like(img)
         moved[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = img[
             max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
