@@ -87,6 +87,37 @@ def baseline(size: tuple[int, int]) -> A.Compose:
     )
 
 
+def for_masks(size: tuple[int, int]) -> A.Compose:
+    """Return the augmentation with which masks are learned: flukes of all sizes, lights and qualities.
+
+    The masks are to hold for real photographs, so the generated ones are changed more than is natural. The
+    mask moves with the image; beyond the image's border there is no fluke.
+
+    Args:
+        size: (H, W) of the images, in pixels; the blur grows with it.
+    """
+    return A.Compose(
+        [
+            A.HorizontalFlip(p=0.5),
+            A.Affine(
+                scale={"x": (0.4, 1.3), "y": (0.5, 1.8)},
+                translate_percent=(-0.15, 0.15),
+                rotate=(-25, 25),
+                shear={"x": (-15, 15), "y": (-8, 8)},
+                border_mode=cv2.BORDER_REFLECT_101,
+                p=0.9,
+            ),
+            A.ToGray(p=0.3),
+            A.RandomBrightnessContrast(brightness_limit=0.3, contrast_limit=0.5, p=0.7),
+            A.RandomGamma(gamma_limit=(50, 180), p=0.4),
+            A.HueSaturationValue(hue_shift_limit=20, sat_shift_limit=40, val_shift_limit=0, p=0.3),
+            A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, size[1] / 80), p=0.3),
+            A.GaussNoise(std_range=(0.01, 0.1), p=0.3),
+        ],
+        strict=True,
+    )
+
+
 @cache
 def _normal_table() -> np.ndarray:
     # The middles of 2**16 equally likely slices of the standard normal distribution: 16 random bits looked up

@@ -5,17 +5,15 @@
 """
 
 import csv
-import fcntl
 import math
-import os
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whalelib.files import replacing
+from whalelib.files import locked, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,17 +120,6 @@ def commit_of(folder: Path | None = None, allow_dirty: bool = False) -> str:
     return commit + ("+dirty" if changed else "")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def append_ledger(
     rows: Iterable[Mapping[str, object]], path: Path | None = None, allow_dirty: bool = False
 ) -> int:
@@ -167,7 +154,7 @@ def append_ledger(
         except ValueError as error:
             raise LedgerError(f"row {number}: {error}") from None
         checked.append(row)
-    with _locked(path.parent):
+    with locked(path.parent):
         present = read_rows(path)
         if present and tuple(present[0]) != LEDGER_COLUMNS:
             raise LedgerError(f"{path}: columns {list(present[0])}, expected {list(LEDGER_COLUMNS)}")

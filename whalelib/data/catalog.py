@@ -31,7 +31,7 @@ class CatalogError(ValueError):
 
     def __init__(self, message: str, problems: pd.DataFrame | None = None):
         super().__init__(message)
-        self.problems = _problem_table([]) if problems is None else problems
+        self.problems = problem_table([]) if problems is None else problems
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +71,7 @@ class Catalog:
                 found = "" if whole_row else f", not {case.failure_case!r} ({case.column})"
                 bad.refuse("table", row, f"{case.check} is needed{found}")
             message = f"the catalog {self.name} breaks its own rules (row: place in its table)"
-            raise _refusal(message, list(dict.fromkeys(bad))) from None
+            raise refusal(message, list(dict.fromkeys(bad))) from None
 
     def __len__(self):
         return len(self.table)
@@ -152,10 +152,10 @@ class Catalog:
             note = problems.skip if found["fault"] else problems.repair
             what = found["fault"] or found["repairs"]
             note(file, None if pd.isna(line) else int(line), f"{shown}: {what}")
-        known = pd.concat([self.problems, _problem_table(problems)], ignore_index=True).drop_duplicates()
+        known = pd.concat([self.problems, problem_table(problems)], ignore_index=True).drop_duplicates()
         sound = (measured["fault"] == "").to_numpy()
         if not sound.any():
-            raise _refusal(f"no photograph of {self.name} can be read", known)
+            raise refusal(f"no photograph of {self.name} can be read", known)
         return replace(self.where(sound), problems=known.reset_index(drop=True))
 
     def report_problems(self) -> str:
@@ -210,7 +210,8 @@ def _stamp(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _problem_table(problems: list[Problem]) -> pd.DataFrame:
+def problem_table(problems: list[Problem]) -> pd.DataFrame:
+    """Return problems as a catalog's table of them."""
     table = pd.DataFrame(problems, columns=Problem._fields)
     return table.astype({"file": "str", "row": "Int64", "problem": "str", "action": "str"})
 
@@ -233,8 +234,9 @@ def _listing(problems: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _refusal(message: str, problems: pd.DataFrame | list[Problem]) -> CatalogError:
-    table = problems if isinstance(problems, pd.DataFrame) else _problem_table(problems)
+def refusal(message: str, problems: pd.DataFrame | list[Problem]) -> CatalogError:
+    """Return the error of data that can't be used, with all problems listed by file and row."""
+    table = problems if isinstance(problems, pd.DataFrame) else problem_table(problems)
     return CatalogError(f"{message}\n{_listing(table)}", table)
 
 
@@ -308,11 +310,11 @@ def _read(name: str, path: Path) -> Catalog:
     else:
         raise CatalogError(f"{path} is neither a folder nor a CSV file")
     if problems.refused:
-        raise _refusal(f"{path} is refused", problems)
+        raise refusal(f"{path} is refused", problems)
     if table.empty:
-        raise _refusal(f"{path}: no photograph is left", problems)
+        raise refusal(f"{path}: no photograph is left", problems)
     order = [column for column in table if column not in ("source", "row")] + ["source", "row"]
     table = (
         table[order].astype({column: "str" for column in _TEXT if column in table}).astype({"row": "Int64"})
     )
-    return Catalog(name, path if path.is_dir() else path.parent, table, _problem_table(problems))
+    return Catalog(name, path if path.is_dir() else path.parent, table, problem_table(problems))

@@ -327,7 +327,7 @@ def read_metadata(path: Path, problems: Problems) -> pd.DataFrame:
     """Read a metadata CSV as wildlife-datasets writes it: image_id, identity, path (from the CSV's folder).
 
     Optional columns: split (train, database, gallery; test, query), bbox ("[x, y, w, h]"), or those of
-    :func:`_annotations`. Its identity "unknown" is ``new_whale``. A test row needs no identity.
+    :func:`annotations`. Its identity "unknown" is ``new_whale``. A test row needs no identity.
     """
     rows, unknown = [], 0
     lines = read_lines(path, ("image_id", "identity", "path"), problems)
@@ -354,7 +354,7 @@ def read_metadata(path: Path, problems: Problems) -> pd.DataFrame:
             found.append(row | {"path": place})
     kept = {row["row"] for row in found}
     lines = [line for line in lines if line.row in kept]
-    notes = _annotations(path.name, "image_id", lines, folder, problems)
+    notes = annotations(path.name, "image_id", lines, folder, problems)
     return _join(_table(found), notes).reset_index()
 
 
@@ -387,14 +387,14 @@ def _annotated(root: Path, rows: list[Row], problems: Problems) -> pd.DataFrame:
             lines = read_lines(path, (key, *more), problems, file)
             # The truth of a generated world tells of an earlier contest's photographs too.
             lines = [line for line in lines if line.fields.get("split", "train") in ("train", "test")]
-            notes = _annotations(file, key, lines, Folder(path.parent), problems)
+            notes = annotations(file, key, lines, Folder(path.parent), problems)
             others = notes.index.difference(table.index)
             if len(others):
                 what = f"{len(others)} names are of no photograph here, such as {others[0]}"
                 problems.skip(file, None, what)
             table = _join(table, notes)
     if (root / "masks").is_dir():
-        table = _join(table, _masks(Folder(root / "masks"), table.index, problems))
+        table = _join(table, find_masks(Folder(root / "masks"), table.index, problems))
     return table.reset_index()
 
 
@@ -409,22 +409,24 @@ def _join(table: pd.DataFrame, notes: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _masks(folder: Folder, images: Iterable[str], problems: Problems) -> pd.DataFrame:
-    """Find the mask of each photograph: the same name, or the same with .png."""
-    there, masks, used = set(folder.photographs("masks", problems)), {}, set()
+def find_masks(
+    folder: Folder, images: Iterable[str], problems: Problems, shown: str = "masks"
+) -> pd.DataFrame:
+    """Find the mask of each photograph: the same name, or the same with .png; ``shown`` names the folder."""
+    there, masks, used = set(folder.photographs(shown, problems)), {}, set()
     for image in images:
         for name in (image, f"{os.path.splitext(image)[0]}.png"):
             if name in there:
                 used.add(name)
-                shown = f"masks/{name}"
-                masks[image] = _locate(folder, name, shown, (shown, None), problems)
+                file = f"{shown}/{name}"
+                masks[image] = _locate(folder, name, file, (file, None), problems)
                 break
     for name in sorted(there - used):
-        problems.skip(f"masks/{name}", None, "the mask of no photograph here")
+        problems.skip(f"{shown}/{name}", None, "the mask of no photograph here")
     return pd.DataFrame({"mask": pd.Series(masks, dtype="object")})
 
 
-def _annotations(file: str, key: str, lines: list[Line], folder: Folder, problems: Problems) -> pd.DataFrame:
+def annotations(file: str, key: str, lines: list[Line], folder: Folder, problems: Problems) -> pd.DataFrame:
     """Return what is said of boxes (x0, y0, x1, y1, or bbox), masks (paths) and key points (NAME_x, NAME_y).
 
     One row a name. A value that makes no sense is noted and left out; the photograph stays.

@@ -1,0 +1,408 @@
+"""Where the fluke is: masks from a U-Net, boxes from masks (report 3.1.1 and 3.1.2).
+
+The first solution took masks and boxes from files; how they came about is not published. Here a U-Net with a
+pretrained encoder learns masks in the generated world, where they are known, and finds them in any photograph.
+Supplied boxes and masks take precedence.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from whalelib import augment
+from whalelib.data import Catalog, PhotographError, statistics
+from whalelib.data.catalog import problem_table, refusal
+from whalelib.data.images import Box
+from whalelib.data.layouts import BOX, Folder, Problems, annotations, find_masks, read_lines
+from whalelib.data.masks import MASK_SIZE, decode_rle, encode_rle, mask_pixels
+from whalelib.data.photographs import Photographs
+from whalelib.files import locked, replacing
+from whalelib.models import LITE0_MEAN, LITE0_STD, lite0
+from whalelib.run import Run, Settings, place, sources_hash
+from whalelib.train import fit, keep_memory, load_weights, save_weights, warm_cosine
+
+__all__ = [
+    "MASK_SIZE",
+    "decode_rle",
+    "encode_rle",
+    "located",
+    "mask_box",
+    "mask_model",
+    "predict_masks",
+    "train_unet",
+    "unet",
+]
+
+SIZE = (96, 192)  # (H, W) that the U-Net sees
+WORLD = "world:lab@2019"  # whose training photographs it learns from
+IMAGES = 6_000  # that it is shown, the same ones again and again
+SMALLEST = 0.003  # of the photograph: a smaller part of a mask is no fluke
+
+
+def mask_box(mask: np.ndarray, smallest: float = SMALLEST) -> Box | None:
+    """Return the box of a mask's largest connected part (report 3.1.2).
+
+    Args:
+        mask: (H, W), true on the fluke.
+        smallest: a part that covers less than this share of the mask is no fluke.
+
+    Returns:
+        x0, y0, x1, y1 in pixels of the mask, x1 and y1 just beyond it; None without such a part.
+    """
+    mask = np.ascontiguousarray(mask, dtype=np.uint8)
+    parts = cv2.connectedComponentsWithStats(mask, connectivity=8)[2][1:]
+    if not len(parts):
+        return None
+    x, y, width, height, area = parts[parts[:, cv2.CC_STAT_AREA].argmax()]
+    if area < smallest * mask.size:
+        return None
+    return float(x), float(y), float(x + width), float(y + height)
+
+
+class MaskNetwork(nn.Module):
+    """A U-Net (Ronneberger et al. 2015) whose contracting path is an EfficientNet-Lite0.
+
+    Args:
+        pretrained: the encoder with ImageNet weights, else random ones.
+        seed: of the new weights.
+    """
+
+    FROZEN = ("conv_stem", "bn1", "blocks.0", "blocks.1")
+
+    def __init__(self, pretrained: bool = True, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = smp.Unet(
+                "tu-tf_efficientnet_lite0", encoder_weights=None, decoder_channels=(64, 48, 32, 16, 8)
+            )
+        if pretrained:
+            encoder = self.net.encoder.model
+            weights = lite0().state_dict()
+            encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()}, strict=True)
+            for name, parameter in encoder.named_parameters():
+                parameter.requires_grad_(not name.startswith(self.FROZEN))
+        self.pretrained = pretrained
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, 1, H, W) of images (N, 3, H, W), RGB, 0 to 1; a fourth channel is not looked at.
+
+        H and W are multiples of 32.
+        """
+        images = (images[:, :3] - LITE0_MEAN) / LITE0_STD
+        return self.net(images.contiguous(memory_format=torch.channels_last))
+
+    def train(self, mode: bool = True) -> "MaskNetwork":
+        """Set the mode as ever, but leave the statistics of what is frozen alone."""
+        super().train(mode)
+        for name, module in self.net.encoder.model.named_modules():
+            if self.pretrained and name.startswith(self.FROZEN):
+                module.training = False
+        return self
+
+
+def unet(pretrained: bool = True, seed: int = 0) -> MaskNetwork:
+    """Return the mask network, untrained but for its encoder."""
+    return MaskNetwork(pretrained, seed)
+
+
+def mask_loss(logits: torch.Tensor, batch: dict) -> dict[str, torch.Tensor]:
+    """Return Dice loss plus binary cross-entropy, as ``loss``, and each."""
+    truth = batch["image"][:, 3:]
+    dice = smp.losses.DiceLoss("binary")(logits, truth)
+    entropy = F.binary_cross_entropy_with_logits(logits, truth)
+    return {"loss": dice + entropy, "dice": dice, "cross-entropy": entropy}
+
+
+def train_unet(
+    catalog: Catalog,
+    *,
+    size: tuple[int, int] = SIZE,
+    images: int = IMAGES,
+    seed: int = 0,
+    device: str = "auto",
+    folder: Path | None = None,
+) -> tuple[MaskNetwork, pd.DataFrame]:
+    """Train a U-Net on photographs with masks and return it with its history.
+
+    Args:
+        catalog: photographs of which all have masks.
+        size: (H, W), multiples of 32.
+        images: to train with in all.
+        seed: of weights, order and augmentation.
+        device: "auto", "cpu" or "cuda".
+        folder: for checkpoints; None keeps nothing.
+    """
+    photographs = Photographs(catalog, size, masks=True, transform=augment.for_masks(size), seed=seed)
+    epochs = max(1, round(images / len(photographs)))
+    model = unet(seed=seed)
+    history = fit(
+        model,
+        photographs,
+        mask_loss,
+        epochs=epochs,
+        batch_size=16,
+        optimizer=_optimizer,
+        schedule=partial(warm_cosine, epochs=epochs),
+        seed=seed,
+        device=device,
+        folder=folder,
+    )
+    return model, history
+
+
+def _optimizer(model: MaskNetwork) -> torch.optim.Optimizer:
+    encoder = [p for p in model.net.encoder.parameters() if p.requires_grad]
+    new = [*model.net.decoder.parameters(), *model.net.segmentation_head.parameters()]
+    return torch.optim.AdamW([{"params": encoder}, {"params": new, "lr": 4e-3}], lr=1e-3, weight_decay=1e-2)
+
+
+def mask_model(run: Run) -> MaskNetwork:
+    """Return the U-Net trained on the world's training photographs, from the cache if it is there.
+
+    It is the same for all data, profiles and editions; it depends on the run's seed and device.
+    """
+    world = Run(run.notebook, Settings(data=WORLD, seed=run.settings.seed, device=run.settings.device))
+    folder = _model_folder(world)
+    weights = folder / "unet.safetensors"
+    with locked(folder):
+        if weights.exists():
+            model = unet(pretrained=False).to(run.device)
+            load_weights(model, weights)
+            return model.eval()
+        train = world.catalog.train
+        model, history = train_unet(train, seed=run.settings.seed, device=run.device, folder=folder)
+        history.to_csv(folder / "history.csv", index=False)
+        save_weights(model, weights)
+    return model.eval()
+
+
+def _model_folder(world: Run) -> Path:
+    others = ("recipes/", "course/", "report/", "losses.py", "identify.py", "metrics.py", "contest.py")
+    code = sources_hash(*others, "realism.py", "plots.py", "run.py", "ledger.py")
+    return _folder("unet", world.catalog.train.fingerprint, world.settings.seed, world.device, code)
+
+
+def _folder(name: str, *key: object) -> Path:
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    folder = place("WHALE_CACHE", "data/cache") / f"{name}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@torch.inference_mode()
+def predict_masks(
+    model: nn.Module, catalog: Catalog, size: tuple[int, int] = SIZE, batch_size: int = 32
+) -> pd.DataFrame:
+    """Find the fluke in each photograph.
+
+    Args:
+        model: from images (N, 3, H, W) to logits (N, 1, H, W).
+        catalog: N photographs.
+        size: (H, W) that the model sees; its logits are enlarged to ``MASK_SIZE`` before the threshold.
+        batch_size: photographs at a time.
+
+    Returns:
+        One row a photograph: ``image``, ``rle`` (see :func:`encode_rle`), ``confidence`` (mean probability
+        inside the mask, 0 when it is empty).
+    """
+    keep_memory()
+    photographs = Photographs(catalog, size, memory=False)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rows = []
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(desc="Finding flukes", total=len(photographs), leave=False) as bar,
+    ):
+        for start in range(0, len(photographs), batch_size):
+            chosen = range(start, min(start + batch_size, len(photographs)))
+            pixels = np.stack(list(pool.map(photographs.pixels, chosen)))
+            images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+            logits = F.interpolate(model(images).float(), MASK_SIZE, mode="bilinear")
+            for found in logits[:, 0].sigmoid().cpu().numpy():
+                mask = found > 0.5
+                rows.append((encode_rle(mask), float(found[mask].mean()) if mask.any() else 0.0))
+            bar.update(len(chosen))
+    model.train(was_training)
+    table = pd.DataFrame(rows, columns=["rle", "confidence"])
+    table.insert(0, "image", catalog.table["image"].to_numpy())
+    return table
+
+
+def located(
+    run: Run, *, boxes: Path | str | None = None, masks: Path | str | None = None, margin: float = 0.0
+) -> Catalog:
+    """Return the run's photographs with a box and a mask each, supplied or found.
+
+    What is supplied takes precedence, row by row: first the arguments, then what lies beside the
+    photographs. A supplied mask gives the box where none is supplied. The truth of a generated world is not
+    supplied: it is for training and measuring.
+
+    Args:
+        run: whose catalog, seed and device to take.
+        boxes: a CSV file Image, x0, y0, x1, y1, in pixels.
+        masks: a folder of pictures named as the photographs (or with .png), or a CSV file Image, rle.
+        margin: added on each side of a box that was found, as a share of its width and height.
+
+    Returns:
+        The catalog with ``x0``, ``y0``, ``x1``, ``y1``; ``rle`` (the mask at ``MASK_SIZE``, "" when there is
+        none); ``mask`` (path) where a picture was supplied; ``box_from`` ("supplied", "mask", or "whole" for the
+        whole photograph, where no mask was found); ``mask_from`` ("supplied", "found", "none"). Rows that make no
+        sense are printed and added to ``problems``; what they would have supplied is found instead.
+
+    Raises:
+        CatalogError: a file can't be used at all; the message names file and row.
+    """
+    catalog = run.catalog
+    problems = Problems()
+    table = _supplied(catalog, boxes, masks, problems)
+    shape = statistics(catalog)[["height", "width"]].to_numpy(dtype=float)
+    _check_boxes(table, shape, problems)
+    _read_masks(table, problems)
+
+    missing = (table["rle"].isna()).to_numpy()
+    if missing.any():
+        found = _found(run, catalog.where(missing)).set_index("image")["rle"]
+        table.loc[missing, "rle"] = found.reindex(table["image"][missing]).to_numpy()
+    empty = table["rle"] == ""
+    table["mask_from"] = np.where(empty, "none", np.where(missing, "found", "supplied"))
+    table["box_from"] = np.where(table["x0"].notna(), "supplied", "mask")
+    for i in np.flatnonzero(table["x0"].isna()):
+        height, width = shape[i]
+        box = mask_box(decode_rle(table["rle"].iat[i]))
+        if box is None:
+            table.loc[i, "box_from"] = "whole"
+        scaled = (0.0, 0.0, width, height) if box is None else _scaled(box, height, width, margin)
+        table.loc[i, list(BOX)] = scaled
+    if problems:
+        print(replace(catalog, problems=problem_table(problems)).report_problems())
+    if whole := int((table["box_from"] == "whole").sum()):
+        print(
+            f"No fluke found in {whole} of {len(table)} photographs: the whole photograph is taken, without a mask."
+        )
+    known = pd.concat([catalog.problems, problem_table(problems)], ignore_index=True)
+    return replace(catalog, table=table, problems=known)
+
+
+def _scaled(box: Box, height: float, width: float, margin: float) -> Box:
+    """Return a box at ``MASK_SIZE`` in the photograph's pixels, with a margin, cut at the photograph's edge."""
+    x0, y0, x1, y1 = box
+    x, y = margin * (x1 - x0), margin * (y1 - y0)
+    down, across = height / MASK_SIZE[0], width / MASK_SIZE[1]
+    return (
+        max(x0 - x, 0.0) * across,
+        max(y0 - y, 0.0) * down,
+        min(x1 + x, MASK_SIZE[1]) * across,
+        min(y1 + y, MASK_SIZE[0]) * down,
+    )
+
+
+def _found(run: Run, catalog: Catalog) -> pd.DataFrame:
+    """Return the masks found in photographs, from the cache if they are there."""
+    model = mask_model(run)
+    weights = hashlib.sha256()
+    for value in model.state_dict().values():
+        weights.update(value.cpu().numpy().tobytes())
+    path = _folder("masks", catalog.fingerprint, weights.hexdigest(), run.device) / "masks.csv"
+    if not path.exists():
+        with replacing(path) as part:
+            predict_masks(model, catalog).rename(columns={"image": "Image"}).to_csv(part, index=False)
+    return pd.read_csv(path, dtype={"Image": "str", "rle": "str"}, keep_default_na=False).rename(
+        columns={"Image": "image"}
+    )
+
+
+def _supplied(
+    catalog: Catalog, boxes: Path | str | None, masks: Path | str | None, problems: Problems
+) -> pd.DataFrame:
+    """Return the catalog's table with the columns x0, y0, x1, y1, mask, rle: supplied, else missing."""
+    table = catalog.table.drop(columns=["rle"], errors="ignore")
+    if (catalog.root / "world.json").is_file():
+        table = table.drop(columns=[*BOX, "mask"], errors="ignore")
+    for column in BOX:
+        table[column] = table.get(column, np.nan)
+    for column in ("mask", "rle"):
+        values = table[column] if column in table else pd.Series(pd.NA, index=table.index)
+        table[column] = values.astype("str")
+    if boxes is not None:
+        path = Path(boxes)
+        lines = read_lines(path, ("Image", *BOX), problems)
+        notes = annotations(path.name, "Image", lines, Folder(path.parent), problems)
+        _join(table, notes.reindex(columns=list(BOX)), path.name, problems)
+    if masks is not None:
+        path = Path(masks)
+        if path.is_dir():
+            notes = find_masks(Folder(path), table["image"], problems, path.name)
+        else:
+            notes = _run_lengths(path, problems)
+            # A supplied text holds before a picture beside the photographs.
+            table.loc[table["image"].isin(notes.index), "mask"] = pd.NA
+        _join(table, notes, path.name, problems)
+    if problems.refused:
+        raise refusal("supplied boxes or masks are refused", problems)
+    return table
+
+
+def _join(table: pd.DataFrame, notes: pd.DataFrame, file: str, problems: Problems) -> None:
+    notes = notes.dropna(how="all")
+    others = notes.index.difference(table["image"])
+    if len(others):
+        problems.skip(file, None, f"{len(others)} names are of no photograph here, such as {others[0]}")
+    rows = table.index[table["image"].isin(notes.index)]
+    for column in notes:
+        table.loc[rows, column] = notes.loc[table.loc[rows, "image"], column].to_numpy()
+
+
+def _run_lengths(path: Path, problems: Problems) -> pd.DataFrame:
+    first: dict[str, int] = {}
+    masks = {}
+    for row, fields in read_lines(path, ("Image", "rle"), problems):
+        name = fields["Image"]
+        if first.setdefault(name, row) != row:
+            problems.skip(path.name, row, f"{name}: listed more than once; row {first[name]} is used")
+            continue
+        try:
+            decode_rle(fields["rle"])
+            masks[name] = fields["rle"]
+        except ValueError as error:
+            problems.skip(path.name, row, f"{name}: {error}")
+    return pd.DataFrame({"rle": pd.Series(masks, dtype="object")})
+
+
+def _check_boxes(table: pd.DataFrame, shape: np.ndarray, problems: Problems) -> None:
+    """Leave out boxes that lie beyond their photographs."""
+    height, width = shape.T
+    beyond = (table["x0"] >= width) | (table["y0"] >= height) | (table["x1"] <= 0) | (table["y1"] <= 0)
+    for i in np.flatnonzero(beyond):
+        box = ", ".join(f"{table[name].iat[i]:g}" for name in BOX)
+        what = f"its box ({box}) is beyond its {width[i]:g} x {height[i]:g} pixels and is left out"
+        problems.skip("boxes", None, f"{table['image'].iat[i]}: {what}")
+    table.loc[beyond, list(BOX)] = np.nan
+
+
+def _read_masks(table: pd.DataFrame, problems: Problems) -> None:
+    """Put the supplied pictures' run lengths at ``MASK_SIZE`` beside them; leave out those that can't be read."""
+    for i in np.flatnonzero(table["mask"].notna()):
+        try:
+            mask = mask_pixels(table["mask"].iat[i], table["path"].iat[i], None, MASK_SIZE) > 127
+        except PhotographError as error:
+            problems.skip(error.path.name, None, f"{table['image'].iat[i]}: its mask: {error.reason}")
+            table.loc[i, "mask"] = pd.NA
+        else:
+            table.loc[i, "rle"] = encode_rle(mask)
