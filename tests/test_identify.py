@@ -18,9 +18,11 @@ from whalelib.identify import (
     choose_threshold,
     class_balance,
     confidence_of,
+    cosine_by_strength,
     embed,
     hold_out,
     identity_similarity,
+    mean_cosines,
     pseudo_label_precision,
     pseudo_labels,
     threshold_curve,
@@ -420,3 +422,44 @@ def test_precision_of_pseudo_labels():
     assert found.loc[0.99, ["precision", "low", "high"]].isna().all()
     with pytest.raises(ValueError, match="1 of 4 labelled"):
         pseudo_label_precision(labels, {"1": "a", "2": "a", "3": "a"})
+
+
+class Channels(nn.Module):
+    """Embeds a photograph as the mean of each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def embed(self, images):
+        return images.mean(dim=(2, 3)) * self.weight
+
+
+def test_cosine_by_strength(catalog):
+    data = Photographs(catalog, (16, 32), transform=augment.BrightnessShift(-0.9, p=1))
+    steps = {shift: augment.BrightnessShift(shift, p=1) for shift in (0.0, 0.2, 0.5)}
+    frame = cosine_by_strength(Channels(), data, {"none": None, **steps}, batch_size=3)
+    assert frame.columns.tolist() == ["strength", "mean", "low", "high"]
+    assert frame["strength"].tolist() == ["none", 0.0, 0.2, 0.5]
+    assert frame.loc[:1, ["mean", "low", "high"]].to_numpy() == pytest.approx(1)
+    pixels = np.stack([data.pixels(i) for i in range(len(data))]).astype(float)
+    for shift, row in zip((0.2, 0.5), frame.iloc[2:].itertuples(), strict=True):
+        pairs = pixels.mean(axis=(1, 2)), np.minimum(np.floor(pixels + 255 * shift), 255).mean(axis=(1, 2))
+        one, other = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in pairs)
+        cosine = (one * other).sum(axis=1)
+        expected = [cosine.mean(), *np.quantile(cosine, (0.1, 0.9))]
+        assert [row.mean, row.low, row.high] == pytest.approx(expected, abs=1e-5)
+    assert data.transform is not None
+    with pytest.raises(ValueError, match="no photographs"):
+        cosine_by_strength(
+            Channels(), Photographs(catalog.where(np.zeros(len(catalog), bool)), (16, 32)), steps
+        )
+
+
+def test_mean_cosines():
+    rows = np.array([[1, 0], [0, 1], [0.6, 0.8], [1, 0]])
+    assert mean_cosines(rows, ["a", "a", "b", NEW_WHALE]) == {
+        "same whale": 0,
+        "other whale": pytest.approx(0.7),
+    }
+    assert np.isnan(mean_cosines(rows, ["a", None, NEW_WHALE, "b"])["same whale"])

@@ -3,6 +3,7 @@
 Sections 1 and 5.4 of the report. Whatever the network, this is how the course names a whale.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,13 +25,16 @@ NEW_SHARE = 0.276  # of the competition's test photographs, as its best teams in
 
 
 @torch.inference_mode()
-def embed(model: nn.Module, photographs: Photographs, *, batch_size: int = 64) -> np.ndarray:
-    """Return the photographs' embeddings, without augmentation, on the device where the model is.
+def embed(
+    model: nn.Module, photographs: Photographs, *, batch_size: int = 64, augmented: bool = False
+) -> np.ndarray:
+    """Return the photographs' embeddings, on the device where the model is.
 
     Args:
         model: has ``embed(images (N, 3, H, W)) -> (N, D)``. It runs in evaluation mode and is left as it was.
         photographs: N of them.
         batch_size: images at a time.
+        augmented: with the photographs' own augmentation instead of none.
 
     Returns:
         (N, D) float32, rows of length 1.
@@ -40,12 +44,63 @@ def embed(model: nn.Module, photographs: Photographs, *, batch_size: int = 64) -
     device = next(model.parameters()).device
     model.eval()
     try:
-        loader = tqdm(DataLoader(photographs.plain(), batch_size=batch_size), "Embedding", leave=False)
+        read = photographs if augmented else photographs.plain()
+        loader = tqdm(DataLoader(read, batch_size=batch_size), "Embedding", leave=False)
         rows = [nn.functional.normalize(model.embed(batch["image"].to(device)).float()) for batch in loader]
     finally:
         for module, mode in modes.items():
             module.training = mode
     return torch.cat(rows).cpu().numpy()
+
+
+def cosine_by_strength(
+    model: nn.Module, photographs: Photographs, transforms: Mapping, *, batch_size: int = 64
+) -> pd.DataFrame:
+    """Return how near the embeddings of changed photographs stay to those of the originals.
+
+    Args:
+        model: as for ``embed``.
+        photographs: N of them; their own augmentation is not used.
+        transforms: strength -> an albumentations step or pipeline, or None for no change.
+        batch_size: images at a time.
+
+    Returns:
+        A row each strength: strength, and of the N cosines mean, low and high (the tenth and the ninetieth
+        percentile).
+
+    Raises:
+        ValueError: no photographs.
+    """
+    if not len(photographs):
+        raise ValueError("no photographs to embed")
+    original = embed(model, photographs, batch_size=batch_size)
+    rows = []
+    for strength, transform in transforms.items():
+        changed = photographs.plain()
+        changed.transform = transform
+        cosine = (original * embed(model, changed, batch_size=batch_size, augmented=True)).sum(axis=1)
+        rows.append([strength, cosine.mean(), *np.quantile(cosine, (0.1, 0.9))])
+    return pd.DataFrame(rows, columns=["strength", "mean", "low", "high"])
+
+
+def mean_cosines(embeddings: np.ndarray, identity) -> dict[str, float]:
+    """Return what to measure a cosine by: the mean over pairs of one whale and over pairs of two.
+
+    Args:
+        embeddings: (N, D) unit rows.
+        identity: (N,) identities; rows of ``new_whale`` or without one are left out.
+
+    Returns:
+        "same whale" and "other whale"; NaN where there is no such pair.
+    """
+    identity = np.asarray(identity, dtype=object)
+    named = np.flatnonzero(~pd.isna(identity) & (identity != NEW_WHALE))
+    _, place = np.unique(identity[named].astype(str), return_inverse=True)
+    rows, columns = np.triu_indices(len(named), 1)
+    cosine = (embeddings[named] @ embeddings[named].T)[rows, columns]
+    same = place[rows] == place[columns]
+    pairs = {"same whale": cosine[same], "other whale": cosine[~same]}
+    return {name: float(values.mean()) if len(values) else float("nan") for name, values in pairs.items()}
 
 
 def identity_similarity(
