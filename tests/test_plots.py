@@ -1,10 +1,14 @@
 """The figures show what they are given."""
 
+import base64
+import io
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from whalelib import plots, report
 
@@ -61,3 +65,60 @@ def test_contrast_histograms():
     assert sum(bar.get_height() for bar in figure.axes[0].patches) == 25361
     assert [text.get_text() for text in figure.axes[0].texts] == ["mean 58.7"] and not figure.axes[1].texts
     figure.canvas.draw()
+
+
+def test_cosine_by_strength():
+    frame = pd.DataFrame({"strength": [0, 5], "mean": [1, 0.8], "low": [1, 0.7], "high": [1, 0.9]})
+    figure = plots.cosine_by_strength({"a": frame, "b": frame / 2}, "angle (degrees)", {"same whale": 0.6})
+    (axis,) = figure.axes
+    assert [line.get_ydata()[-1] for line in axis.lines] == [0.8, 0.4, 0.6]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in axis.texts] == [
+        "same whale"
+    ] and axis.get_xlabel() == "angle (degrees)"
+    figure, axes = plt.subplots(1, 2)
+    assert plots.cosine_by_strength({"a": frame}, "x", used=(0, 2), axis=axes[1]) is figure
+    assert axes[1].get_legend() is None and [text.get_text() for text in axes[1].texts] == ["in training"]
+    assert not axes[0].lines and axes[1].patches[0].get_width() == 2
+
+
+CONTROL = """
+import ipywidgets
+from matplotlib.figure import Figure
+from whalelib import plots
+
+def draw(angle=10, fill="zero"):
+    figure = Figure(figsize=(1, angle / 10), dpi=50)
+    figure.subplots().set_title(fill)
+    print("drawn at", angle, fill)
+    return figure
+
+slider = ipywidgets.IntSlider(min=-90, max=90, value=10)
+plots.control(draw, angle=slider, fill=["zero", "mean"])
+"""
+
+
+def test_a_control_leaves_a_picture():
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    from whalelib.course.execute import tidy  # noqa: PLC0415
+
+    sources = ["%matplotlib inline", CONTROL, "slider.value = 40"]
+    node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    client = nbclient.NotebookClient(node, timeout=120)
+    client.execute()
+    outputs = node.cells[1].outputs
+    printed = [output.text for cell in node.cells for output in cell.outputs if "text" in output]
+    assert printed == ["drawn at 10 zero\n", "drawn at 40 zero\n"]  # each once, though there are two controls
+    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
+    tidy(node)
+    (picture,) = [output.data for output in node.cells[1].outputs if "data" in output]
+    assert set(picture) == {"image/png", "text/plain"} and "widgets" not in node.metadata
+    with Image.open(io.BytesIO(base64.b64decode(picture["image/png"]))) as image:
+        assert image.height > 2 * image.width  # drawn anew, in the place of the first
+
+
+def test_a_control_from_nonsense():
+    pytest.importorskip("ipywidgets")
+    with pytest.raises(ValueError, match="angle"):
+        plots.control(lambda angle=1: None, angle=object())

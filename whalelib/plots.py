@@ -1,15 +1,17 @@
-"""One style for all figures, and the figures of chapter 2 for any data set.
+"""One style for all figures, the figures that several notebooks share, and a control to move.
 
 Colours are Okabe and Ito's, which readers with any colour vision can tell apart. Functions return the Figure
 and leave saving to the caller.
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
@@ -166,3 +168,83 @@ def contrast_histograms(histogram: pd.DataFrame, means: Mapping[str, float] | No
         axis.set_ylim(top=1.12 * part["photographs"].max())
     axes[0, 0].set_ylabel("photographs")
     return figure
+
+
+def cosine_by_strength(
+    frames: Mapping[str, pd.DataFrame],
+    xlabel: str,
+    yardsticks: Mapping[str, float] | None = None,
+    used: tuple[float, float] | None = None,
+    axis: Axes | None = None,
+) -> Figure:
+    """How far changes of growing strength move embeddings: the mean cosine, and a band of four fifths.
+
+    Args:
+        frames: label -> columns strength, mean, low, high, as ``identify.cosine_by_strength`` returns them.
+        xlabel: what the strength is, with its unit.
+        yardsticks: label -> a cosine to compare with, as ``identify.mean_cosines`` returns them.
+        used: lowest and highest strength in training, shaded.
+        axis: where to draw; default a figure of its own.
+    """
+    if axis is None:
+        _, axis = plt.subplots(figsize=(7.5, 3.2))
+    if used is not None:
+        axis.axvspan(*used, color=FAINT, alpha=0.5, linewidth=0, zorder=0)
+        axis.annotate(
+            "in training", (sum(used) / 2, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8
+        )
+    for number, (label, frame) in enumerate(frames.items()):
+        colour = PALETTE[number % len(PALETTE)]
+        axis.fill_between(
+            frame["strength"], frame["low"], frame["high"], color=colour, alpha=0.18, linewidth=0
+        )
+        axis.plot(frame["strength"], frame["mean"], color=colour, marker="o", markersize=3.5, label=label)
+    for label, value in (yardsticks or {}).items():
+        axis.axhline(value, color=INK, linewidth=0.9, linestyle=":")
+        axis.annotate(
+            label, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+            ha="right", fontsize=8,
+        )  # fmt: skip
+    axis.set(xlabel=xlabel, ylabel="cosine to the original", ylim=(None, 1.03))
+    if len(frames) > 1:
+        axis.legend(loc="lower left")
+    return axis.figure
+
+
+def control(draw: Callable[..., Figure], **controls) -> None:
+    """Show a figure, and controls that draw it anew; without anybody to move them the figure stays.
+
+    The picture is an ordinary output, not a widget's: it is there in a saved notebook, on a page and where no
+    kernel runs. Only the controls need one.
+
+    Args:
+        draw: makes the figure from the controls' values. Its defaults are where the controls begin.
+        **controls: of each argument, as ipywidgets' ``interact`` takes them: (lowest, highest[, step]), a list
+            of choices, a boolean, or a widget.
+
+    Raises:
+        ValueError: a value that no control is made from, by its name.
+    """
+    import ipywidgets  # noqa: PLC0415  (of the course, not of the library)
+    from IPython.display import display  # noqa: PLC0415
+
+    widgets = {}
+    for name, given in controls.items():
+        start = inspect.signature(draw).parameters[name].default
+        widgets[name] = ipywidgets.interactive.widget_from_abbrev(given, start)
+        if widgets[name] is None:
+            raise ValueError(f"{name} = {given!r}: no control can be made from it")
+        widgets[name].description = widgets[name].description or name.replace("_", " ")
+        widgets[name].style.description_width = "initial"
+        if widgets[name].has_trait("continuous_update"):
+            widgets[name].continuous_update = False  # a drawing takes longer than a mouse between two steps
+
+    def picture() -> Figure:
+        figure = draw(**{name: widget.value for name, widget in widgets.items()})
+        plt.close(figure)  # else the cell shows it once more
+        return figure
+
+    display(ipywidgets.VBox(list(widgets.values())))
+    shown = display(picture(), display_id=True)
+    for widget in widgets.values():
+        widget.observe(lambda change: shown.update(picture()), "value")
