@@ -8,6 +8,8 @@ Editions. Where the report says nothing, both do what the solution's code does. 
 other, `as_described` follows the report and `as_shipped` the code; every part names its own differences.
 """
 
+import os
+import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from whalelib.files import locked, replacing
 from whalelib.identify import choose_threshold, hold_out, top5
 from whalelib.losses import aligned, euclidean, top_errors, triplet
 from whalelib.metrics import map_at_k, top_k_accuracy
-from whalelib.models import FirstPlace
+from whalelib.models import SENET154_MEAN, SENET154_STD, SENET154_URL, FirstPlace, senet154
 from whalelib.recipes import baseline
 from whalelib.run import Run
 from whalelib.train import fit, load_best, load_weights, save_weights
@@ -85,8 +87,23 @@ def batch_map(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def network(profile: str, identities: int, edition: str, seed: int, bias: bool = True) -> FirstPlace:
-    """Return the network of a profile: EfficientNet-Lite0 on a laptop, SENet-154 as in the report."""
-    return FirstPlace(identities, edition=edition, bias=bias, seed=seed)
+    """Return the network of a profile: EfficientNet-Lite0 on a laptop (`lab`), SENet-154 as in the report (`paper`).
+
+    The environment's WHALE_SENET154 is the path of SENet-154's ImageNet weights; without it a warning says where to get
+    them, and the network starts from random ones.
+    """
+    if profile != "paper":
+        return FirstPlace(identities, edition=edition, bias=bias, seed=seed)
+    weights = os.environ.get("WHALE_SENET154")
+    if not weights:
+        warnings.warn(
+            "SENet-154 starts from random weights, with which it will learn little from so few photographs: get "
+            f"{SENET154_URL} and set WHALE_SENET154 to its path",
+            stacklevel=2,
+        )
+    backbone = senet154("random" if edition == "as_shipped" else "mask", weights or None, seed=seed)
+    pixels = {"mean": SENET154_MEAN, "std": SENET154_STD}
+    return FirstPlace(identities, backbone, edition=edition, bias=bias, seed=seed, **pixels)
 
 
 def optimizer(model: FirstPlace, kind: str = "Adam") -> torch.optim.Optimizer:
@@ -195,7 +212,8 @@ def trained(run: Run, choices: Choices | None = None) -> Trained:
     """
     choices, settings = choices or Choices(), run.settings
     here = parts(run, choices.size)
-    folder = run.folder("first", **{**asdict(choices), "size": here.size})
+    weights = os.environ.get("WHALE_SENET154", "") if settings.profile == "paper" else ""
+    folder = run.folder("first", **{**asdict(choices), "size": here.size}, weights=bool(weights))
     model = network(settings.profile, len(here.known), settings.edition, settings.seed, choices.bias)
     model.to(run.device)
     log = folder / "history.csv"

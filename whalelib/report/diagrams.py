@@ -1,0 +1,292 @@
+"""The report's drawings of networks, drawn again from their numbers: Figures 3.7 to 3.10.
+
+A diagram is two tables, of boxes and of arrows; shapes on arrows are those of the tensors that flow along them.
+Lengths are inches, y counts downwards.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch
+
+from whalelib.plots import INK, PALETTE
+
+KINDS = {  # colour of a box by what it does
+    "data": "#FFFFFF",
+    "convolution": PALETTE[0],
+    "normalisation": PALETTE[6],
+    "activation": PALETTE[5],
+    "pooling": PALETTE[2],
+    "block": PALETTE[4],
+    "loss": PALETTE[3],
+    "operation": "#FFFFFF",
+}
+HEIGHT = 0.36
+BOXES = ("name", "text", "kind", "x", "y", "width", "height")
+ARROWS = ("source", "target", "tensor", "via")
+
+
+@dataclass(frozen=True)
+class Diagram:
+    """Boxes (name, text, kind, and x, y of the centre, width, height) and arrows (source, target, tensor, via).
+
+    ``via`` is "" for a straight arrow, "h" or "v" for one corner (first horizontal, first vertical), "z" for one that
+    runs back half-way between two rows, or a number: the x at which it goes from one row to the other.
+    """
+
+    boxes: pd.DataFrame
+    arrows: pd.DataFrame
+
+    def draw(self) -> Figure:
+        """Return the figure."""
+        boxes = self.boxes.set_index("name")
+        left, right = (boxes["x"] - boxes["width"] / 2).min(), (boxes["x"] + boxes["width"] / 2).max()
+        detours = [via for via in self.arrows["via"] if not isinstance(via, str)]
+        left, right = min([left, *detours]) - 0.1, max([right, *detours]) + 0.1
+        top, bottom = (boxes["y"] - boxes["height"] / 2).min(), (boxes["y"] + boxes["height"] / 2).max()
+        size = (right - left, bottom - top + 0.2)
+        figure, axis = plt.subplots(figsize=size, layout="none")
+        axis.set_position([0, 0, 1, 1])
+        axis.set(xlim=(left, right), ylim=(bottom + 0.1, top - 0.1))
+        axis.axis("off")
+        for arrow in self.arrows.itertuples():
+            _arrow(axis, boxes.loc[arrow.source], boxes.loc[arrow.target], arrow.tensor, arrow.via)
+        for box in boxes.itertuples():
+            _box(axis, box)
+        return figure
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row an arrow: from, to (the boxes' texts) and the tensor's shape, for saving beside the figure."""
+        text = self.boxes.set_index("name")["text"].str.replace("\n", " ").str.replace("$", "", regex=False)
+        ends = {"from": self.arrows["source"].map(text), "to": self.arrows["target"].map(text)}
+        return pd.DataFrame(ends | {"tensor": self.arrows["tensor"]})
+
+
+def _box(axis, box) -> None:
+    """Draw a box with its text; kind "label" is text alone, "operation" a circle."""
+    look = {"ha": "center", "va": "center", "color": INK, "zorder": 4}
+    if box.kind == "label":
+        axis.text(box.x, box.y, box.text, fontsize=9, **look)
+        return
+    face = [
+        1 - 0.28 * (1 - c) if box.kind not in ("data", "operation") else 1 for c in to_rgb(KINDS[box.kind])
+    ]
+    shape = {"facecolor": face, "edgecolor": INK, "linewidth": 0.9, "zorder": 3}
+    if box.kind == "operation":
+        axis.add_patch(Circle((box.x, box.y), box.height / 2, **shape))
+        axis.text(box.x, box.y, box.text, fontsize=12, **look)
+        return
+    corner = (box.x - box.width / 2 + 0.06, box.y - box.height / 2 + 0.06)
+    rounded = "round,pad=0.06" if box.kind != "data" else "square,pad=0.06"
+    axis.add_patch(FancyBboxPatch(corner, box.width - 0.12, box.height - 0.12, boxstyle=rounded, **shape))
+    axis.text(box.x, box.y, box.text, fontsize=8.5, linespacing=1.15, **look)
+
+
+def _arrow(axis, source, target, tensor: str, via: str | float) -> None:
+    """Draw an arrow from border to border, with the tensor's shape on its longest part."""
+    (x0, y0), (x1, y1) = (source.x, source.y), (target.x, target.y)
+    corners = {"": [], "h": [(x1, y0)], "v": [(x0, y1)], "z": [(x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2)]}
+    middle = corners[via] if isinstance(via, str) else [(via, y0), (via, y1)]
+    points = [(x0, y0), *middle, (x1, y1)]
+    points[0] = _border(source, points[1])
+    points[-1] = _border(target, points[-2])
+    axis.plot(*zip(*points[:-1], strict=True), color=INK, linewidth=1, solid_joinstyle="round", zorder=1)
+    head = {
+        "arrowstyle": "-|>",
+        "color": INK,
+        "linewidth": 1,
+        "mutation_scale": 9,
+        "shrinkA": 0,
+        "shrinkB": 0,
+    }
+    axis.annotate("", points[-1], points[-2], arrowprops=head, zorder=2)
+    if tensor:
+        parts = list(itertools.pairwise(points))
+        (ax, ay), (bx, by) = max(
+            parts, key=lambda ends: abs(ends[0][0] - ends[1][0]) + abs(ends[0][1] - ends[1][1])
+        )
+        flat = abs(ax - bx) > abs(ay - by)
+        look = {"fontsize": 7, "color": "0.3", "zorder": 5}
+        if flat:
+            axis.text((ax + bx) / 2, ay - 0.05, tensor, ha="center", va="bottom", **look)
+        else:
+            axis.text(ax + 0.06, (ay + by) / 2, tensor, ha="left", va="center", **look)
+
+
+def _border(box, towards: tuple[float, float]) -> tuple[float, float]:
+    """Return where a horizontal or vertical line from a box's centre leaves it."""
+    (x, y), (tx, ty) = (box.x, box.y), towards
+    if abs(tx - x) > abs(ty - y):
+        return x + (box.width / 2 if tx > x else -box.width / 2), y
+    return x, y + (box.height / 2 if ty > y else -box.height / 2)
+
+
+def diagram(boxes: Sequence[tuple], arrows: Sequence[tuple]) -> Diagram:
+    """Return a diagram from tuples: (name, text, kind, x, y[, width[, height]]), (source, target[, tensor[, via]])."""
+    rows = [(*box, *(1.5, HEIGHT)[len(box) - 5 :]) for box in boxes]
+    lines = [(*arrow, *("", "")[len(arrow) - 2 :]) for arrow in arrows]
+    return Diagram(pd.DataFrame(rows, columns=BOXES), pd.DataFrame(lines, columns=ARROWS))
+
+
+def se_block(channels: int, reduction: int, height: int, width: int) -> Diagram:
+    """Figure 3.8: squeeze (average), excite (two layers) and scale."""
+    squeezed = channels // reduction
+    vector, few = f"{channels}", f"{squeezed}"
+    chain = [
+        ("pool", "average\nover H × W", "pooling"),
+        ("fc1", f"FC {channels} → {squeezed}", "convolution"),
+        ("relu", "ReLU", "activation"),
+        ("fc2", f"FC {squeezed} → {channels}", "convolution"),
+        ("sigmoid", "sigmoid", "activation"),
+    ]
+    boxes = [("in", f"input\n{channels} × {height} × {width}", "data", 0.75, 0, 1.3, 0.5)]
+    boxes += [(*box, 2.15 + 1.4 * i, 1.1, 1.02, 0.46) for i, box in enumerate(chain)]
+    boxes += [
+        ("times", "×", "operation", 7.75, 0, 0.32, 0.32),
+        ("out", f"output\n{channels} × {height} × {width}", "data", 9.05, 0, 1.3, 0.5),
+    ]
+    arrows = [
+        ("in", "pool", "", "v"),
+        ("pool", "fc1", vector),
+        ("fc1", "relu", few),
+        ("relu", "fc2", few),
+        ("fc2", "sigmoid", vector),
+        ("sigmoid", "times", "a weight a channel", "h"),
+        ("in", "times"),
+        ("times", "out"),
+    ]
+    return diagram(boxes, arrows)
+
+
+def se_bottleneck(groups: int = 64) -> Diagram:
+    """Figure 3.9: three convolutions, an SE block, and the input added; stride s and 4d output maps."""
+    chain = [
+        ("in", "input", "data", "C × H × W"),
+        ("conv1", "convolution 1 × 1", "convolution", ""),
+        ("norm1", "batch norm, ReLU", "normalisation", "2d × H × W"),
+        ("conv2", f"convolution 3 × 3, stride s,\n{groups} groups", "convolution", ""),
+        ("norm2", "batch norm, ReLU", "normalisation", "4d × H/s × W/s"),
+        ("conv3", "convolution 1 × 1", "convolution", ""),
+        ("norm3", "batch norm", "normalisation", "4d × H/s × W/s"),
+        ("se", "SE block", "block", "4d × H/s × W/s"),
+        ("plus", "+", "operation", ""),
+        ("relu", "ReLU", "activation", "4d × H/s × W/s"),
+        ("out", "output", "data", ""),
+    ]
+    boxes, y = [], 0.0
+    for name, text, kind, _ in chain:
+        height = 0.5 if "\n" in text else 0.32
+        y += height / 2
+        width = 0.32 if kind == "operation" else 1.9
+        boxes.append((name, text, kind, 1.3, y, width, height))
+        y += height / 2 + 0.26
+    at = {name: y for name, _, _, _, y, _, _ in boxes}
+    boxes += [
+        ("down", "convolution, stride s,\nwhen the shape changes", "convolution", 4.3, at["norm1"], 1.9, 0.5),
+        ("norm4", "batch norm", "normalisation", 4.3, at["norm2"], 1.9, 0.32),
+    ]
+    names = [name for name, *_ in chain]
+    arrows = [(a, b, tensor) for (a, *_, tensor), b in zip(chain[:-1], names[1:], strict=True)]
+    arrows += [("in", "down", "", "h"), ("down", "norm4"), ("norm4", "plus", "4d × H/s × W/s", "v")]
+    return diagram(boxes, arrows)
+
+
+def senet(stages: pd.DataFrame, image: tuple[int, int, int]) -> Diagram:
+    """Figure 3.10: one row a layer.
+
+    Args:
+        stages: index layer, columns blocks, stride (of the first block), maps, height, width, parameters; the first row
+            is the stem.
+        image: (C, H, W).
+    """
+    gap = 0.95
+    stem = [("conv1", "3 × 3, s 2", 64), ("conv2", "3 × 3, s 1", 64), ("conv3", "3 × 3, s 1", 128)]
+    boxes = [("image", "image\n{} × {} × {}".format(*image), "data", 2.2, 0, 1.6, 0.5)]
+    boxes += [
+        (name, f"convolution\n{text}, {maps} maps", "convolution", 2.2 + 1.85 * i, gap, 1.6, 0.5)
+        for i, (name, text, maps) in enumerate(stem)
+    ]
+    boxes.append(("pool", "max pooling\n3 × 3, s 2", "pooling", 7.75, gap, 1.6, 0.5))
+    arrows = [("image", "conv1"), ("conv1", "conv2"), ("conv2", "conv3"), ("conv3", "pool")]
+    last = "pool"
+    for row, (layer, stage) in enumerate(stages.iterrows(), start=1):
+        text = f"{layer}\n{stage['parameters'] / 1e6:.2f} M"
+        boxes.append((f"name-{layer}", text, "label", 0.6, gap * row, 0.9, 0.5))
+        if row == 1:
+            continue
+        before = stages.iloc[row - 2]
+        tensor = f"{before['maps']} × {before['height']} × {before['width']}"
+        first, rest = f"{layer}-first", f"{layer}-rest"
+        texts = [f"SE bottleneck\ns = {stage['stride']}, 4d = {stage['maps']}"]
+        texts += [f"SE bottleneck × {stage['blocks'] - 1}\ns = 1, 4d = {stage['maps']}"]
+        boxes += [
+            (first, texts[0], "block", 2.2, gap * row, 1.6, 0.5),
+            (rest, texts[1], "block", 4.6, gap * row, 1.7, 0.5),
+        ]
+        arrows += [(last, first, tensor, "z"), (first, rest)]
+        last = rest
+    end = stages.iloc[-1]
+    text = f"feature maps\n{end['maps']} × {end['height']} × {end['width']}"
+    boxes.append(("out", text, "data", 7.75, gap * len(stages), 1.6, 0.5))
+    return diagram(boxes, [*arrows, (last, "out")])
+
+
+def first_place(
+    features: int,
+    height: int,
+    width: int,
+    local: int,
+    classes: int,
+    image: tuple[int, int, int],
+    backbone: str,
+) -> Diagram:
+    """Figure 3.7: backbone, global and local head, and the three losses.
+
+    Args:
+        features, height, width: of the backbone's last map.
+        local: features of a stripe.
+        classes: whales and mirrored whales, 2C.
+        image: (C, H, W).
+        backbone: its name.
+    """
+    up, middle, down = 0.0, 0.95, 1.9
+    boxes = [
+        ("image", "photograph + mask\n{} × {} × {}".format(*image), "data", 0.75, up, 1.4, 0.5),
+        ("backbone", backbone, "block", 0.75, middle, 1.4, 0.5),
+        ("average", f"average over\n{height} × {width}", "pooling", 2.5, up, 1.05, 0.5),
+        ("neck", "dropout .2,\nbatch norm, L2", "normalisation", 4.1, up, 1.15, 0.5),
+        ("fc", f"16 × FC\n{features} → {classes}", "convolution", 5.75, up, 1.25, 0.5),
+        ("sigmoid", "sigmoid", "activation", 7.2, up, 0.75, 0.36),
+        ("bce", "binary\ncross-entropy", "loss", 8.65, up, 1.15, 0.5),
+        ("triplet", "triplet loss,\nglobal", "loss", 8.65, middle, 1.15, 0.5),
+        ("rows", f"average over\neach of {height} rows", "pooling", 2.5, down, 1.1, 0.5),
+        ("squeeze", f"convolution 1 × 1\n{features} → {local}", "convolution", 4.35, down, 1.25, 0.5),
+        ("neck2", "batch norm, L2\nof each stripe", "normalisation", 6.1, down, 1.15, 0.5),
+        ("triplet2", "triplet loss,\nlocal", "loss", 8.65, down, 1.15, 0.5),
+        ("sum", "+", "operation", 9.6, middle, 0.32, 0.32),
+        ("loss", "loss", "loss", 10.25, middle, 0.6, 0.36),
+    ]
+    arrows = [
+        ("image", "backbone"),
+        ("backbone", "average", f"{features} × {height} × {width}", 1.75),
+        ("backbone", "rows", "", 1.75),
+        ("average", "neck", f"{features}"),
+        ("neck", "fc", f"{features}"),
+        ("fc", "sigmoid", f"{classes}"),
+        ("sigmoid", "bce", f"{classes}"),
+        ("neck", "triplet", f"{features} global features", "v"),
+        ("rows", "squeeze", f"{features} × {height}"),
+        ("squeeze", "neck2", f"{local} × {height}"),
+        ("neck2", "triplet2", f"{height} × {local}"),
+        ("bce", "sum", "", "h"),
+        ("triplet", "sum"),
+        ("triplet2", "sum", "", "h"),
+        ("sum", "loss"),
+    ]
+    return diagram(boxes, arrows)
