@@ -426,6 +426,23 @@ def test_normal_numbers():
     assert drawn[: H * W].tolist() != drawn[H * W : 2 * H * W].tolist()
 
 
+def test_noise_at_half_the_size_is_noise_halved_in_size():
+    gray = np.full((*SIZE, 3), 128, np.uint8)
+    (large, small) = (
+        next(
+            step
+            for step in leaves(first_place(size, "as_shipped"))
+            if getattr(step, "kind", "") == "gaussian"
+        )
+        for size in (SIZE, (H // 2, W // 2))
+    )
+    halved = cv2.resize(
+        seeded(large)(image=gray, force_apply=True)["image"], (W // 2, H // 2), interpolation=cv2.INTER_AREA
+    )
+    found = seeded(small)(image=gray[::2, ::2].copy(), force_apply=True)["image"]
+    assert found.std() == pytest.approx(halved.std(), rel=0.05)
+
+
 def test_noise_on_the_lightness_leaves_the_colour():
     orange = np.full((*SIZE, 3), (170, 120, 90), np.uint8)
     changed = seeded(LabNoise("gaussian", 0.1, p=1))(image=orange)["image"]
@@ -455,7 +472,7 @@ def test_clahe(edition):
 # ---- settings
 
 
-def test_pixels_grow_with_the_size():
+def test_parameters_fit_the_size():
     def at(size):
         return {type(leaf).__name__: leaf for leaf in leaves(first_place(size))}
 
@@ -463,6 +480,7 @@ def test_pixels_grow_with_the_size():
     half = at((128, 256))
     assert half["RandomErase"].columns == (2, 5) and half["RandomShift"].rows == (-5, 5)
     assert half["RandomRotation"].angles == (-25, 25) and half["RandomScale"].factors == (0.9, 1)
+    assert half["LabNoise"].sigma == 0.25 and at((64, 128))["LabNoise"].sigma == 0.125
     tiny = at((16, 64))
     assert tiny["RandomErase"].rows == (1, 1) and tiny["RandomShift"].rows == (-1, 1)
     assert tiny["RandomShift"].columns == (-2, 2)

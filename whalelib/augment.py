@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from math import ceil, floor
+from math import ceil, floor, prod, sqrt
 from statistics import NormalDist
 from typing import Annotated, Literal
 
@@ -152,7 +152,7 @@ class LabNoise(_Lightness):
         """What the arguments must be."""
 
         kind: Literal["gaussian", "speckle"]
-        sigma: Annotated[float, Field(ge=0, le=2)]
+        sigma: Annotated[float, Field(ge=0)]
 
     def __init__(self, kind: str = "gaussian", sigma: float = 0.1, p: float = 0.5):
         super().__init__(p=p)
@@ -466,7 +466,8 @@ def first_place(size: tuple[int, int], edition: str = "as_described") -> A.Compo
     The horizontal flip, which the table leaves out, changes the label too and so belongs to the data set.
 
     Args:
-        size: (H, W) of the images, in pixels. Parameters in pixels, given for (256, 512), grow with it.
+        size: (H, W) of the images, in pixels. What is given for (256, 512) is fitted to it: lengths in pixels, and
+            noise, which is drawn for each pixel and so is weaker where a pixel stands for several.
         edition: "as_described" in the report or "as_shipped" in the code; ``FIRST_PLACE`` shows both.
 
     Returns:
@@ -488,9 +489,12 @@ def first_place(size: tuple[int, int], edition: str = "as_described") -> A.Compo
 
 
 def _at_size(parameters: Mapping[str, object], size: tuple[int, int]) -> dict[str, object]:
-    scaled = dict(parameters)
+    fitted = dict(parameters)
     for name, side, reference in zip(("rows", "columns"), size, REFERENCE_SIZE, strict=True):
-        if name in scaled:
+        if name in fitted:
             # A step of at least one pixel stays one.
-            scaled[name] = tuple(round(v * side / reference) or (v > 0) - (v < 0) for v in scaled[name])
-    return scaled
+            fitted[name] = tuple(round(v * side / reference) or (v > 0) - (v < 0) for v in fitted[name])
+    if "sigma" in fitted:
+        # As if noise of that strength at (256, 512) had been averaged over the pixels that fall together.
+        fitted["sigma"] *= sqrt(prod(size) / prod(REFERENCE_SIZE))
+    return fitted
