@@ -19,6 +19,7 @@ import pandas as pd
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -38,6 +39,7 @@ __all__ = [
     "MASK_SIZE",
     "decode_rle",
     "encode_rle",
+    "find_mask",
     "located",
     "mask_box",
     "mask_model",
@@ -50,26 +52,30 @@ SIZE = (96, 192)  # (H, W) that the U-Net sees
 WORLD = "world:lab@2019"  # whose training photographs it learns from
 IMAGES = 6_000  # that it is shown, the same ones again and again
 SMALLEST = 0.003  # of the photograph: a smaller part of a mask is no fluke
+SHARE = 0.3  # of the largest part: a part as large as this is the fluke's other half
 
 
-def mask_box(mask: np.ndarray, smallest: float = SMALLEST) -> Box | None:
-    """Return the box of a mask's largest connected part (report 3.1.2).
+def mask_box(mask: np.ndarray, smallest: float = SMALLEST, share: float = SHARE) -> Box | None:
+    """Return the box of a mask's fluke: its largest connected part (report 3.1.2).
+
+    A fluke with its middle under water or spray comes in two parts, so a part nearly as large as the largest
+    belongs to it; the crumbs that a mask has elsewhere do not.
 
     Args:
         mask: (H, W), true on the fluke.
-        smallest: a part that covers less than this share of the mask is no fluke.
+        smallest: when the largest part covers less than this share of the mask, it is no fluke.
+        share: of the largest part, which another part must cover to belong to it; 1 takes the largest alone.
 
     Returns:
-        x0, y0, x1, y1 in pixels of the mask, x1 and y1 just beyond it; None without such a part.
+        x0, y0, x1, y1 in pixels of the mask, x1 and y1 just beyond it; None without a fluke.
     """
-    mask = np.ascontiguousarray(mask, dtype=np.uint8)
-    parts = cv2.connectedComponentsWithStats(mask, connectivity=8)[2][1:]
-    if not len(parts):
+    mask = np.asarray(mask) > 0
+    parts = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)[2][1:]
+    areas = parts[:, cv2.CC_STAT_AREA]
+    if not len(parts) or areas.max() < smallest * mask.size:
         return None
-    x, y, width, height, area = parts[parts[:, cv2.CC_STAT_AREA].argmax()]
-    if area < smallest * mask.size:
-        return None
-    return float(x), float(y), float(x + width), float(y + height)
+    x, y, width, height = parts[areas >= share * areas.max(), :4].T
+    return float(x.min()), float(y.min()), float((x + width).max()), float((y + height).max())
 
 
 class MaskNetwork(nn.Module):
@@ -89,9 +95,9 @@ class MaskNetwork(nn.Module):
             self.net = smp.Unet(
                 "tu-tf_efficientnet_lite0", encoder_weights=None, decoder_channels=(64, 48, 32, 16, 8)
             )
+            weights = lite0().state_dict() if pretrained else {}
         if pretrained:
             encoder = self.net.encoder.model
-            weights = lite0().state_dict()
             encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()}, strict=True)
             for name, parameter in encoder.named_parameters():
                 parameter.requires_grad_(not name.startswith(self.FROZEN))
@@ -204,45 +210,56 @@ def _folder(name: str, *key: object) -> Path:
     return folder
 
 
-@torch.inference_mode()
 def predict_masks(
     model: nn.Module, catalog: Catalog, size: tuple[int, int] = SIZE, batch_size: int = 32
 ) -> pd.DataFrame:
     """Find the fluke in each photograph.
 
     Args:
-        model: from images (N, 3, H, W) to logits (N, 1, H, W).
+        model: from images (N, 3, H, W), RGB, 0 to 1, to logits (N, 1, H, W).
         catalog: N photographs.
-        size: (H, W) that the model sees; its logits are enlarged to ``MASK_SIZE`` before the threshold.
+        size: (H, W) that the model sees.
         batch_size: photographs at a time.
 
     Returns:
         One row a photograph: ``image``, ``rle`` (see :func:`encode_rle`), ``confidence`` (mean probability
         inside the mask, 0 when it is empty).
     """
-    keep_memory()
     photographs = Photographs(catalog, size, memory=False)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    starts = tqdm(range(0, len(photographs), batch_size), "Finding flukes", leave=False)
     rows = []
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(desc="Finding flukes", total=len(photographs), leave=False) as bar,
-    ):
-        for start in range(0, len(photographs), batch_size):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without Python's lock
+        for start in starts:
             chosen = range(start, min(start + batch_size, len(photographs)))
-            pixels = np.stack(list(pool.map(photographs.pixels, chosen)))
-            images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
-            logits = F.interpolate(model(images).float(), MASK_SIZE, mode="bilinear")
-            for found in logits[:, 0].sigmoid().cpu().numpy():
+            for found in probability(model, np.stack(list(pool.map(photographs.pixels, chosen)))):
                 mask = found > 0.5
                 rows.append((encode_rle(mask), float(found[mask].mean()) if mask.any() else 0.0))
-            bar.update(len(chosen))
-    model.train(was_training)
     table = pd.DataFrame(rows, columns=["rle", "confidence"])
     table.insert(0, "image", catalog.table["image"].to_numpy())
     return table
+
+
+@torch.inference_mode()
+def probability(model: nn.Module, images: np.ndarray) -> np.ndarray:
+    """Return how probably each pixel is the fluke's, (N, *MASK_SIZE), of images (N, H, W, 3) uint8.
+
+    The logits are enlarged, not the mask, so its outline is finer than the model's pixels. The model runs in
+    evaluation mode and is left as it was.
+    """
+    keep_memory()
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    logits = model(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255)
+    model.train(was_training)
+    return F.interpolate(logits.float(), MASK_SIZE, mode="bilinear")[:, 0].sigmoid().cpu().numpy()
+
+
+def find_mask(model: nn.Module, photograph: np.ndarray, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """Return the mask (H, W) bool of one photograph (H, W, 3) uint8 RGB, as :func:`predict_masks` keeps it."""
+    seen = np.array(Image.fromarray(photograph).resize(size[::-1], Image.Resampling.BILINEAR))
+    mask = probability(model, seen[None])[0] > 0.5
+    return mask_pixels(mask, "", None, photograph.shape[:2]) > 127
 
 
 def located(
@@ -283,13 +300,11 @@ def located(
     empty = table["rle"] == ""
     table["mask_from"] = np.where(empty, "none", np.where(missing, "found", "supplied"))
     table["box_from"] = np.where(table["x0"].notna(), "supplied", "mask")
-    for i in np.flatnonzero(table["x0"].isna()):
-        height, width = shape[i]
-        box = mask_box(decode_rle(table["rle"].iat[i]))
-        if box is None:
-            table.loc[i, "box_from"] = "whole"
-        scaled = (0.0, 0.0, width, height) if box is None else _scaled(box, height, width, margin)
-        table.loc[i, list(BOX)] = scaled
+    bare = np.flatnonzero(table["x0"].isna())
+    own = [mask_box(decode_rle(rle)) for rle in table["rle"].iloc[bare]]
+    scaled = [_scaled(box, *shape[i], margin) for i, box in zip(bare, own, strict=True)]
+    table.loc[bare, list(BOX)] = np.reshape(scaled, (-1, 4))
+    table.loc[[i for i, box in zip(bare, own, strict=True) if box is None], "box_from"] = "whole"
     if problems:
         print(replace(catalog, problems=problem_table(problems)).report_problems())
     if whole := int((table["box_from"] == "whole").sum()):
@@ -300,8 +315,10 @@ def located(
     return replace(catalog, table=table, problems=known)
 
 
-def _scaled(box: Box, height: float, width: float, margin: float) -> Box:
-    """Return a box at ``MASK_SIZE`` in the photograph's pixels, with a margin, cut at the photograph's edge."""
+def _scaled(box: Box | None, height: float, width: float, margin: float) -> Box:
+    """Return a box at ``MASK_SIZE`` in the photograph's pixels, with a margin; without a box the whole photograph."""
+    if box is None:
+        return 0.0, 0.0, width, height
     x0, y0, x1, y1 = box
     x, y = margin * (x1 - x0), margin * (y1 - y0)
     down, across = height / MASK_SIZE[0], width / MASK_SIZE[1]

@@ -115,6 +115,30 @@ def mask_iou(predicted, truth) -> float:
     return float((predicted & truth).sum() / union) if union else 1.0
 
 
+def box_iou(predicted, truth) -> np.ndarray:
+    """Intersection over union of boxes, pair by pair.
+
+    Args:
+        predicted: (N, 4) x0, y0, x1, y1.
+        truth: (N, 4).
+
+    Returns:
+        (N,) from 0 to 1.
+
+    Raises:
+        ValueError: their shapes differ, or a box is empty.
+    """
+    predicted, truth = np.asarray(predicted, dtype=float), np.asarray(truth, dtype=float)
+    if predicted.shape != truth.shape or predicted.ndim != 2 or predicted.shape[1] != 4:
+        raise ValueError(f"boxes of shapes {predicted.shape} and {truth.shape}")
+    sides = [boxes[:, 2:] - boxes[:, :2] for boxes in (predicted, truth)]
+    if not all((side > 0).all() for side in sides):
+        raise ValueError("an empty box: x0 < x1 and y0 < y1 are needed")
+    common = np.minimum(predicted[:, 2:], truth[:, 2:]) - np.maximum(predicted[:, :2], truth[:, :2])
+    common = common.clip(0).prod(axis=1)
+    return common / (sides[0].prod(axis=1) + sides[1].prod(axis=1) - common)
+
+
 def parse_predictions(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Split a submission's `Id` column ("w_1 w_2 new_whale w_3 w_4") into guesses.
 
