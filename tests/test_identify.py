@@ -463,3 +463,6 @@ def test_mean_cosines():
         "other whale": pytest.approx(0.7),
     }
     assert np.isnan(mean_cosines(rows, ["a", None, NEW_WHALE, "b"])["same whale"])
+    gallery = np.array([[1, 0], [0.6, 0.8], [0, 1]])
+    found = mean_cosines(rows[:3], ["a", "b", NEW_WHALE], gallery, ["a", "a", "c"])
+    assert found == {"same whale": pytest.approx(0.8), "other whale": pytest.approx(0.45)}

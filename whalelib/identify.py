@@ -83,24 +83,37 @@ def cosine_by_strength(
     return pd.DataFrame(rows, columns=["strength", "mean", "low", "high"])
 
 
-def mean_cosines(embeddings: np.ndarray, identity) -> dict[str, float]:
+def mean_cosines(
+    embeddings: np.ndarray, identity, gallery: np.ndarray | None = None, gallery_identity=None
+) -> dict[str, float]:
     """Return what to measure a cosine by: the mean over pairs of one whale and over pairs of two.
 
     Args:
         embeddings: (N, D) unit rows.
         identity: (N,) identities; rows of ``new_whale`` or without one are left out.
+        gallery: (G, D) unit rows of other photographs, for pairs of one of each; default pairs of the N.
+        gallery_identity: (G,) identities.
 
     Returns:
         "same whale" and "other whale"; NaN where there is no such pair.
     """
+    rows, names = _named(embeddings, identity)
+    if gallery is None:
+        cosine, same = rows @ rows.T, names[:, None] == names
+        pairs = ~np.tri(len(rows), dtype=bool)
+    else:
+        others, other_names = _named(gallery, gallery_identity)
+        cosine, same = rows @ others.T, names[:, None] == other_names
+        pairs = np.ones_like(same)
+    groups = {"same whale": cosine[same & pairs], "other whale": cosine[~same & pairs]}
+    return {name: float(values.mean()) if len(values) else float("nan") for name, values in groups.items()}
+
+
+def _named(embeddings: np.ndarray, identity) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of named whales and their names."""
     identity = np.asarray(identity, dtype=object)
-    named = np.flatnonzero(~pd.isna(identity) & (identity != NEW_WHALE))
-    _, place = np.unique(identity[named].astype(str), return_inverse=True)
-    rows, columns = np.triu_indices(len(named), 1)
-    cosine = (embeddings[named] @ embeddings[named].T)[rows, columns]
-    same = place[rows] == place[columns]
-    pairs = {"same whale": cosine[same], "other whale": cosine[~same]}
-    return {name: float(values.mean()) if len(values) else float("nan") for name, values in pairs.items()}
+    named = ~pd.isna(identity) & (identity != NEW_WHALE)
+    return embeddings[named], identity[named].astype(str)
 
 
 def identity_similarity(
