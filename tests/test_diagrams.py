@@ -1,0 +1,75 @@
+from itertools import combinations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from whalelib.report import diagrams
+
+STAGES = pd.DataFrame(
+    {
+        "blocks": [0, 3, 8, 36, 3],
+        "stride": [4, 1, 2, 2, 2],
+        "maps": [128, 256, 512, 1024, 2048],
+        "height": [64, 64, 32, 16, 8],
+        "width": [128, 128, 64, 32, 16],
+        "parameters": [113_408, 354_864, 4_695_296, 68_677_888, 39_199_104],
+    },
+    index=[f"layer{i}" for i in range(5)],
+)
+ALL = {
+    "3.7": diagrams.first_place(2048, 8, 16, 512, 10008, (4, 256, 512), "SENet-154"),
+    "3.8": diagrams.se_block(256, 16, 64, 128),
+    "3.9": diagrams.se_bottleneck(),
+    "3.10": diagrams.senet(STAGES, (4, 256, 512)),
+}
+each = pytest.mark.parametrize("drawing", ALL.values(), ids=ALL.keys())
+
+
+def corners(box):
+    return box.x - box.width / 2, box.y - box.height / 2, box.x + box.width / 2, box.y + box.height / 2
+
+
+@each
+def test_boxes_lie_apart_and_arrows_join_them(drawing):
+    for one, other in combinations(drawing.boxes.itertuples(), 2):
+        a, b = corners(one), corners(other)
+        assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1], (one.name, other.name)
+    assert drawing.boxes["name"].is_unique
+    named = drawing.boxes.loc[drawing.boxes["kind"] != "label", "name"]
+    assert {*drawing.arrows["source"], *drawing.arrows["target"]} == {*named}
+    assert {*drawing.boxes["kind"]} <= {*diagrams.KINDS, "label"}
+
+
+@each
+def test_texts_fit_their_boxes(drawing):
+    figure = drawing.draw()
+    try:
+        axis = figure.axes[0]
+        renderer = figure.canvas.get_renderer()
+        shown = {text.get_text(): text for text in axis.texts}
+        for box in drawing.boxes.itertuples():
+            extent = shown[box.text].get_window_extent(renderer)
+            assert extent.width / figure.dpi < box.width, box.text
+            assert extent.height / figure.dpi < box.height, box.text
+    finally:
+        plt.close(figure)
+
+
+def test_figures_say_the_shapes():
+    assert ALL["3.7"].table["tensor"].tolist().count("2048 × 8 × 16") == 1
+    assert "8 × 512" in ALL["3.7"].table["tensor"].tolist()
+    assert ALL["3.8"].boxes.set_index("name").loc["fc1", "text"] == "FC 256 → 16"
+    assert "64 groups" in ALL["3.9"].boxes.set_index("name").loc["conv2", "text"]
+    tensors = [tensor for tensor in ALL["3.10"].table["tensor"] if tensor]
+    assert tensors == ["128 × 64 × 128", "256 × 64 × 128", "512 × 32 × 64", "1024 × 16 × 32"]
+    assert ALL["3.10"].boxes.set_index("name").loc["layer3-rest", "text"].startswith("SE bottleneck × 35")
+
+
+def test_a_text_too_long_is_found():
+    """The test above can fail."""
+    drawing = diagrams.diagram(
+        [("a", "far too long a text for so small a box", "data", 0, 0, 0.5)], [("a", "a")]
+    )
+    with pytest.raises(AssertionError):
+        test_texts_fit_their_boxes(drawing)
