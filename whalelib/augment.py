@@ -167,8 +167,8 @@ class LabNoise(_Lightness):
 
     def changed(self, lightness, noise, **params):
         """Return the (H, W) uint8 lightness with noise."""
-        strength = 255 if self.kind == "gaussian" else lightness
-        return cv2.add(lightness, self.sigma * noise * strength, dtype=cv2.CV_8U)
+        change = noise * (255 * self.sigma) if self.kind == "gaussian" else noise * lightness * self.sigma
+        return cv2.add(lightness, change, dtype=cv2.CV_8U)
 
 
 class LabCLAHE(_Lightness):

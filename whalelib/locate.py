@@ -288,9 +288,9 @@ def located(
     """
     catalog = run.catalog
     problems = Problems()
-    table = _supplied(catalog, boxes, masks, problems)
+    table, places = _supplied(catalog, boxes, masks, problems)
     shape = statistics(catalog)[["height", "width"]].to_numpy(dtype=float)
-    _check_boxes(table, shape, problems)
+    _check_boxes(table, shape, places, problems)
     _read_masks(table, problems)
 
     missing = (table["rle"].isna()).to_numpy()
@@ -347,8 +347,12 @@ def _found(run: Run, catalog: Catalog) -> pd.DataFrame:
 
 def _supplied(
     catalog: Catalog, boxes: Path | str | None, masks: Path | str | None, problems: Problems
-) -> pd.DataFrame:
-    """Return the catalog's table with the columns x0, y0, x1, y1, mask, rle: supplied, else missing."""
+) -> tuple[pd.DataFrame, dict[str, tuple[str, int]]]:
+    """Return the catalog's table with the columns x0, y0, x1, y1, mask, rle: supplied, else missing.
+
+    And the file and row of each box that ``boxes`` supplies.
+    """
+    places = {}
     table = catalog.table.drop(columns=["rle"], errors="ignore")
     if (catalog.root / "world.json").is_file():
         table = table.drop(columns=[*BOX, "mask"], errors="ignore")
@@ -360,6 +364,7 @@ def _supplied(
     if boxes is not None:
         path = Path(boxes)
         lines = read_lines(path, ("Image", *BOX), problems)
+        places = {line.fields["Image"]: (path.name, line.row) for line in reversed(lines)}
         notes = annotations(path.name, "Image", lines, Folder(path.parent), problems)
         _join(table, notes.reindex(columns=list(BOX)), path.name, problems)
     if masks is not None:
@@ -373,7 +378,7 @@ def _supplied(
         _join(table, notes, path.name, problems)
     if problems.refused:
         raise refusal("supplied boxes or masks are refused", problems)
-    return table
+    return table, places
 
 
 def _join(table: pd.DataFrame, notes: pd.DataFrame, file: str, problems: Problems) -> None:
@@ -402,14 +407,15 @@ def _run_lengths(path: Path, problems: Problems) -> pd.DataFrame:
     return pd.DataFrame({"rle": pd.Series(masks, dtype="object")})
 
 
-def _check_boxes(table: pd.DataFrame, shape: np.ndarray, problems: Problems) -> None:
+def _check_boxes(table: pd.DataFrame, shape: np.ndarray, places: dict, problems: Problems) -> None:
     """Leave out boxes that lie beyond their photographs."""
     height, width = shape.T
     beyond = (table["x0"] >= width) | (table["y0"] >= height) | (table["x1"] <= 0) | (table["y1"] <= 0)
     for i in np.flatnonzero(beyond):
         box = ", ".join(f"{table[name].iat[i]:g}" for name in BOX)
         what = f"its box ({box}) is beyond its {width[i]:g} x {height[i]:g} pixels and is left out"
-        problems.skip("boxes", None, f"{table['image'].iat[i]}: {what}")
+        name = table["image"].iat[i]
+        problems.skip(*places.get(name, ("boxes.csv", None)), f"{name}: {what}")
     table.loc[beyond, list(BOX)] = np.nan
 
 
@@ -417,9 +423,10 @@ def _read_masks(table: pd.DataFrame, problems: Problems) -> None:
     """Put the supplied pictures' run lengths at ``MASK_SIZE`` beside them; leave out those that can't be read."""
     for i in np.flatnonzero(table["mask"].notna()):
         try:
-            mask = mask_pixels(table["mask"].iat[i], table["path"].iat[i], None, MASK_SIZE) > 127
+            mask = mask_pixels(Path(table["mask"].iat[i]), table["path"].iat[i], None, MASK_SIZE) > 127
         except PhotographError as error:
-            problems.skip(error.path.name, None, f"{table['image'].iat[i]}: its mask: {error.reason}")
+            file = f"{error.path.parent.name}/{error.path.name}"
+            problems.skip(file, None, f"the mask of {table['image'].iat[i]}: {error.reason}")
             table.loc[i, "mask"] = pd.NA
         else:
             table.loc[i, "rle"] = encode_rle(mask)
