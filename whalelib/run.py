@@ -245,18 +245,23 @@ class Run:
         with replacing(path.with_suffix(".csv")) as part:
             frame.to_csv(part, index=named, float_format="%.8g", lineterminator="\n")
 
-    def folder(self, name: str, **key: object) -> Path:
+    def folder(self, name: str, *, apart: tuple[str, ...] = (), **key: object) -> Path:
         """Return a cache folder for what ``name`` and ``key`` say, made from these data with this code.
 
         Profile, edition, seed, device, the catalog's fingerprint and the library's sources (save what only
         shows results) are part of the key: nothing made under other conditions is ever read back.
+
+        Args:
+            name: what is kept.
+            apart: sources that have no part in it, as ``sources_hash`` takes them.
+            **key: what else it depends on.
         """
         parts = {
             "name": name,
             "key": key,
             "data": self.catalog.fingerprint,
             "settings": {**asdict(self.settings), "data": "", "device": self.device},
-            "code": sources_hash("course/", "report/", "plots.py", "run.py", "ledger.py"),
+            "code": sources_hash("course/", "report/", "plots.py", "run.py", "ledger.py", *apart),
         }
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         folder = place("WHALE_CACHE", "data/cache") / f"{name}-{digest}"

@@ -47,6 +47,13 @@ BATCH = {"lab": 6, "paper": 12}  # quadruplets, of four images each
 GATE = 0.5  # on training batches, a constant for new_whale
 
 
+# Sources that a trained network does not depend on, but through its photographs, boxes and masks, which are in the key.
+APART = (
+    *("contest.py", "identify.py", "locate.py", "metrics.py", "realism.py", "recipes/full_step.py"),
+    *("data/catalog.py", "data/layouts.py", "data/statistics.py", "data/world/"),
+)
+
+
 @dataclass(frozen=True)
 class Step:
     """One of the three steps of training.
