@@ -4,7 +4,7 @@ An ImageNet-trained EfficientNet-Lite0, fine-tuned as a classifier of the known 
 photographs (cosine) and `new_whale` where none is near enough.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,15 +78,25 @@ class Answer:
 def answer(model, gallery: Photographs, held: Photographs, queries: Photographs) -> Answer:
     """Name the queries' whales by their nearest photographs.
 
-    gallery: photographs the model may have been trained on; held: labelled ones that it was not, with which the
-    threshold is chosen and which join the gallery afterwards; queries: Q of them.
+    model: has `embed`; or several that have, whose similarities are averaged. gallery: photographs the model may have
+    been trained on; held: labelled ones that it was not, with which the threshold is chosen and which join the gallery
+    afterwards; queries: Q of them.
     """
-    rows = [embed(model, photographs) for photographs in (gallery, held, queries)]
+    views = model if isinstance(model, Sequence) else (model,)
+    rows = [[embed(view, photographs) for photographs in (gallery, held, queries)] for view in views]
     known = [photographs.catalog.table["identity"].to_numpy(dtype=object) for photographs in (gallery, held)]
-    similarity, identities = identity_similarity(rows[1], rows[0], known[0])
+    similarity, identities = _mean(identity_similarity(view[1], view[0], known[0]) for view in rows)
     threshold = choose_threshold(similarity, identities, known[1])
     held_score = threshold_curve(similarity, identities, known[1])[1].max()
-    similarity, identities = identity_similarity(rows[2], np.concatenate(rows[:2]), np.concatenate(known))
+    named = np.concatenate(known)
+    similarity, identities = _mean(
+        identity_similarity(view[2], np.concatenate(view[:2]), named) for view in rows
+    )
     return Answer(
         top5(similarity, identities, threshold), threshold, float(held_score), similarity, identities
     )
+
+
+def _mean(found: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    similarities, identities = zip(*found, strict=True)
+    return sum(similarities) / len(similarities), identities[0]

@@ -29,9 +29,7 @@ from whalelib.identify import (
     choose_threshold,
     class_balance,
     confidence_of,
-    embed,
     hold_out,
-    identity_similarity,
     top5,
 )
 from whalelib.losses import aligned, euclidean, top_errors, triplet
@@ -49,7 +47,15 @@ GATE = 0.5  # on training batches, a constant for new_whale
 
 # Sources that a trained network does not depend on, but through its photographs, boxes and masks, which are in the key.
 APART = (
-    *("contest.py", "identify.py", "locate.py", "metrics.py", "realism.py", "recipes/full_step.py"),
+    *(
+        "contest.py",
+        "identify.py",
+        "locate.py",
+        "metrics.py",
+        "realism.py",
+        "recipes/full_step.py",
+        "recipes/ladder.py",
+    ),
     *("data/catalog.py", "data/layouts.py", "data/statistics.py", "data/world/"),
 )
 
@@ -313,7 +319,7 @@ def _validate(model: FirstPlace, row: dict, *, held: Photographs, epochs: int | 
 BY = ("classes", "neighbours")
 
 
-class _Mirrored(torch.nn.Module):
+class Mirrored(torch.nn.Module):
     """A network that sees every photograph mirrored."""
 
     def __init__(self, model: FirstPlace):
@@ -321,6 +327,7 @@ class _Mirrored(torch.nn.Module):
         self.model = model
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of the mirror images of images (N, C, H, W)."""
         return self.model.embed(images.flip(-1))
 
 
@@ -335,27 +342,17 @@ def answer(trained: Trained, by: str = "classes") -> Answer:
     if by not in BY:
         raise ValueError(f"by = {by!r}: choose one of {', '.join(BY)}")
     here, model = trained.parts, trained.model
-    truth = here.held.table["identity"].to_numpy(dtype=object)
     if by == "neighbours":
         photographs = [here.photographs(part) for part in (here.rest, here.held, here.queries)]
-        rows = [[embed(view, part) for part in photographs] for view in (model, _Mirrored(model))]
-        known = [part.table["identity"].to_numpy(dtype=object) for part in (here.rest, here.held)]
-        held = sum(identity_similarity(view[1], view[0], known[0])[0] for view in rows) / len(rows)
-        gallery = np.concatenate(known)
-        found = sum(
-            identity_similarity(view[2], np.concatenate(view[:2]), gallery)[0] for view in rows
-        ) / len(rows)
-        threshold = choose_threshold(held, here.known, truth)
-    else:
-        held, found = (probabilities(model, here.photographs(part)) for part in (here.held, here.queries))
-        threshold = choose_threshold(held, here.known, truth)
-        if model.edition == "as_shipped":
-            scores = {
-                t: map_at_k(top5(held, here.known, t), truth) for t in np.linspace(0.1, 0.9, 9).round(1)
-            }
-            threshold = max(scores, key=scores.get)
-    guesses = top5(found, here.known, threshold)
-    if by == "classes" and model.edition == "as_described":
-        guesses, _ = class_balance(guesses, confidence_of(guesses, found, here.known, threshold))
+        return baseline.answer((model, Mirrored(model)), *photographs)
+    truth = here.held.table["identity"].to_numpy(dtype=object)
+    held, found = (probabilities(model, here.photographs(part)) for part in (here.held, here.queries))
+    threshold = choose_threshold(held, here.known, truth)
+    if model.edition == "as_shipped":
+        scores = {t: map_at_k(top5(held, here.known, t), truth) for t in np.linspace(0.1, 0.9, 9).round(1)}
+        threshold = max(scores, key=scores.get)
     held_score = map_at_k(top5(held, here.known, threshold), truth)
+    guesses = top5(found, here.known, threshold)
+    if model.edition == "as_described":
+        guesses, _ = class_balance(guesses, confidence_of(guesses, found, here.known, threshold))
     return Answer(guesses, float(threshold), float(held_score), found, np.array(here.known, dtype=object))
