@@ -14,14 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from whalelib.data.layouts import NEW_SHARE
 from whalelib.data.photographs import Photographs
 from whalelib.metrics import GUESSES, NEW_WHALE
 from whalelib.train import keep_memory
 
 if TYPE_CHECKING:
     from whalelib.data.catalog import Catalog
-
-NEW_SHARE = 0.276  # of the competition's test photographs, as its best teams inferred it
 
 
 @torch.inference_mode()
