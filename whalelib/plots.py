@@ -200,12 +200,15 @@ def cosine_by_strength(
         )
         axis.plot(frame["strength"], frame["mean"], color=colour, marker="o", markersize=3.5, label=label)
     for label, value in (yardsticks or {}).items():
+        if not np.isfinite(value):
+            continue
         axis.axhline(value, color=INK, linewidth=0.9, linestyle=":")
         axis.annotate(
             label, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", fontsize=8,
         )  # fmt: skip
-    axis.set(xlabel=xlabel, ylabel="cosine to the original", ylim=(None, 1.03))
+    axis.set(xlabel=xlabel, ylabel="cosine to the original")
+    axis.margins(y=0.12)  # room for words
     if len(frames) > 1:
         axis.legend(loc="lower left")
     return axis.figure
