@@ -64,7 +64,8 @@ def stripe_costs(stripes: torch.Tensor) -> torch.Tensor:
 def shortest_path(costs: torch.Tensor) -> torch.Tensor:
     """Return the least sum of costs on a way from the first cell to the last, down or right at each step.
 
-    Its gradient by the costs is the way itself: 1 on its cells, 0 elsewhere.
+    Its gradient by the costs is the way itself: 1 on its cells, 0 elsewhere (a half on each side where two ways
+    are equally cheap).
 
     Args:
         costs: (..., S, T).
