@@ -34,6 +34,17 @@ def test_image_grid():
         plots.image_grid([])
 
 
+def test_outlined():
+    pixels = np.full((20, 30, 4), 60, np.uint8)
+    pixels[..., 3] = 0
+    assert (plots.outlined(pixels) == 60).all()
+    pixels[5:15, 8:22, 3] = 255
+    drawn = plots.outlined(pixels, width=1)
+    changed = (drawn != 60).any(axis=-1)
+    assert changed[5, 8:22].all() and changed[5:15, 21].all() and not changed[6:14, 9:21].any()
+    assert changed.sum() == 2 * (10 + 14) - 4 and (pixels[..., :3] == 60).all()
+
+
 def test_class_sizes():
     ours = pd.DataFrame({"photographs": [1, 4], "ids": [7, 2]})
     figure = plots.class_sizes({"ours": ours, "the competition": report.class_sizes()})
