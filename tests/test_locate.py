@@ -96,9 +96,9 @@ def test_parts_that_touch_at_a_corner_are_one():
 
 def test_no_box_without_a_fluke():
     assert mask_box(np.zeros((100, 200))) is None
-    assert mask_box(drawn((0, 0, 7, 8))) is None  # 56 of 20,000 pixels
-    assert mask_box(drawn((0, 0, 7, 9))) == (0, 0, 7, 9)
-    assert mask_box(drawn((0, 0, 7, 9)), smallest=0.01) is None
+    assert mask_box(drawn((0, 0, 9, 11))) is None  # 99 of 20,000 pixels
+    assert mask_box(drawn((0, 0, 10, 10))) == (0, 0, 10, 10)
+    assert mask_box(drawn((0, 0, 10, 10)), smallest=0.01) is None
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,6 +6,7 @@ Supplied boxes and masks take precedence.
 """
 
 import hashlib
+import inspect
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from whalelib import augment
-from whalelib.data import Catalog, PhotographError, statistics
+from whalelib.data import Catalog, PhotographError, read_image, statistics
 from whalelib.data.catalog import problem_table, refusal
 from whalelib.data.images import Box
 from whalelib.data.layouts import BOX, Folder, Problems, annotations, find_masks, read_lines
@@ -32,7 +33,7 @@ from whalelib.data.masks import MASK_SIZE, decode_rle, encode_rle, mask_pixels
 from whalelib.data.photographs import Photographs
 from whalelib.files import locked, replacing
 from whalelib.models import LITE0_MEAN, LITE0_STD, lite0
-from whalelib.run import Run, Settings, place, sources_hash
+from whalelib.run import Run, Settings, place
 from whalelib.train import fit, keep_memory, load_weights, save_weights, warm_cosine
 
 __all__ = [
@@ -51,7 +52,8 @@ __all__ = [
 SIZE = (96, 192)  # (H, W) that the U-Net sees
 WORLD = "world:lab@2019"  # whose training photographs it learns from
 IMAGES = 6_000  # that it is shown, the same ones again and again
-SMALLEST = 0.003  # of the photograph: a smaller part of a mask is no fluke
+DECODER = (64, 32, 16, 8, 8)  # channels, from the smallest size to the largest
+SMALLEST = 0.005  # of the photograph: a smaller part of a mask is no fluke
 SHARE = 0.3  # of the largest part: a part as large as this is the fluke's other half
 
 
@@ -92,9 +94,7 @@ class MaskNetwork(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = smp.Unet(
-                "tu-tf_efficientnet_lite0", encoder_weights=None, decoder_channels=(64, 48, 32, 16, 8)
-            )
+            self.net = smp.Unet("tu-tf_efficientnet_lite0", encoder_weights=None, decoder_channels=DECODER)
             weights = lite0().state_dict() if pretrained else {}
         if pretrained:
             encoder = self.net.encoder.model
@@ -174,7 +174,7 @@ def train_unet(
 def _optimizer(model: MaskNetwork) -> torch.optim.Optimizer:
     encoder = [p for p in model.net.encoder.parameters() if p.requires_grad]
     new = [*model.net.decoder.parameters(), *model.net.segmentation_head.parameters()]
-    return torch.optim.AdamW([{"params": encoder}, {"params": new, "lr": 4e-3}], lr=1e-3, weight_decay=1e-2)
+    return torch.optim.AdamW([{"params": encoder}, {"params": new, "lr": 8e-3}], lr=2e-3, weight_decay=1e-2)
 
 
 def mask_model(run: Run) -> MaskNetwork:
@@ -190,17 +190,25 @@ def mask_model(run: Run) -> MaskNetwork:
             model = unet(pretrained=False).to(run.device)
             load_weights(model, weights)
             return model.eval()
-        train = world.catalog.train
-        model, history = train_unet(train, seed=run.settings.seed, device=run.device, folder=folder)
+        model, history = train_unet(
+            world.catalog.train, seed=run.settings.seed, device=run.device, folder=folder
+        )
         history.to_csv(folder / "history.csv", index=False)
         save_weights(model, weights)
     return model.eval()
 
 
 def _model_folder(world: Run) -> Path:
-    others = ("recipes/", "course/", "report/", "losses.py", "identify.py", "metrics.py", "contest.py")
-    code = sources_hash(*others, "realism.py", "plots.py", "run.py", "ledger.py")
-    return _folder("unet", world.catalog.train.fingerprint, world.settings.seed, world.device, code)
+    # All that decides the weights: a change elsewhere in the library needs no new training.
+    parts = (MaskNetwork, mask_loss, train_unet, _optimizer, augment.for_masks, augment.augmented, lite0)
+    code = _code(*parts, *map(inspect.getmodule, (Photographs, read_image, mask_pixels, fit)))
+    about = [SIZE, IMAGES, DECODER, world.settings.seed, world.device]
+    return _folder("unet", world.catalog.train.fingerprint, code, *about)
+
+
+def _code(*parts: object) -> str:
+    """Return a hash of the source of functions, classes and modules."""
+    return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
 
 
 def _folder(name: str, *key: object) -> Path:
@@ -293,24 +301,23 @@ def located(
     _check_boxes(table, shape, places, problems)
     _read_masks(table, problems)
 
-    missing = (table["rle"].isna()).to_numpy()
+    missing, bare = table["rle"].isna().to_numpy(), table["x0"].isna().to_numpy()
     if missing.any():
         found = _found(run, catalog.where(missing)).set_index("image")["rle"]
         table.loc[missing, "rle"] = found.reindex(table["image"][missing]).to_numpy()
-    empty = table["rle"] == ""
-    table["mask_from"] = np.where(empty, "none", np.where(missing, "found", "supplied"))
-    table["box_from"] = np.where(table["x0"].notna(), "supplied", "mask")
-    bare = np.flatnonzero(table["x0"].isna())
-    own = [mask_box(decode_rle(rle)) for rle in table["rle"].iloc[bare]]
-    scaled = [_scaled(box, *shape[i], margin) for i, box in zip(bare, own, strict=True)]
+    own = {i: mask_box(decode_rle(table["rle"].iat[i])) for i in np.flatnonzero(missing | bare)}
+    crumbs = [i for i in np.flatnonzero(missing) if own[i] is None]
+    table.loc[crumbs, "rle"] = ""
+    table["mask_from"] = np.where(table["rle"] == "", "none", np.where(missing, "found", "supplied"))
+    table["box_from"] = np.where(
+        bare, ["mask" if own.get(i) else "whole" for i in range(len(table))], "supplied"
+    )
+    scaled = [_scaled(own[i], *shape[i], margin) for i in np.flatnonzero(bare)]
     table.loc[bare, list(BOX)] = np.reshape(scaled, (-1, 4))
-    table.loc[[i for i, box in zip(bare, own, strict=True) if box is None], "box_from"] = "whole"
     if problems:
         print(replace(catalog, problems=problem_table(problems)).report_problems())
     if whole := int((table["box_from"] == "whole").sum()):
-        print(
-            f"No fluke found in {whole} of {len(table)} photographs: the whole photograph is taken, without a mask."
-        )
+        print(f"No fluke found in {whole:,} of {len(table):,} photographs: they are taken whole.")
     known = pd.concat([catalog.problems, problem_table(problems)], ignore_index=True)
     return replace(catalog, table=table, problems=known)
 
@@ -336,7 +343,8 @@ def _found(run: Run, catalog: Catalog) -> pd.DataFrame:
     weights = hashlib.sha256()
     for value in model.state_dict().values():
         weights.update(value.cpu().numpy().tobytes())
-    path = _folder("masks", catalog.fingerprint, weights.hexdigest(), run.device) / "masks.csv"
+    code = _code(predict_masks, probability, *map(inspect.getmodule, (Photographs, read_image)))
+    path = _folder("masks", catalog.fingerprint, weights.hexdigest(), code, run.device) / "masks.csv"
     if not path.exists():
         with replacing(path) as part:
             predict_masks(model, catalog).rename(columns={"image": "Image"}).to_csv(part, index=False)
