@@ -51,7 +51,7 @@ __all__ = [
 
 SIZE = (96, 192)  # (H, W) that the U-Net sees
 WORLD = "world:lab@2019"  # whose training photographs it learns from
-IMAGES = 6_000  # that it is shown, the same ones again and again
+IMAGES = 3_500  # that it is shown, the same ones again and again
 DECODER = (64, 32, 16, 8, 8)  # channels, from the smallest size to the largest
 SMALLEST = 0.005  # of the photograph: a smaller part of a mask is no fluke
 SHARE = 0.3  # of the largest part: a part as large as this is the fluke's other half
