@@ -225,7 +225,7 @@ def cosine_by_strength(
     axis.set(xlabel=xlabel, ylabel="cosine to the original")
     axis.margins(y=0.12)  # room for words
     if len(frames) > 1:
-        axis.legend(loc="lower left")
+        axis.legend()
     return axis.figure
 
 
