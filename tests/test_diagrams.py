@@ -3,6 +3,8 @@ from itertools import combinations
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 from whalelib.report import diagrams
 
@@ -73,3 +75,26 @@ def test_a_text_too_long_is_found():
     )
     with pytest.raises(AssertionError):
         test_texts_fit_their_boxes(drawing)
+
+
+def test_survey_of_layers_counted_by_hand():
+    with torch.device("meta"):
+        layers = nn.Sequential(
+            nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 2, 1)
+        )
+    found = diagrams.survey(layers, (4, 32, 64))
+    assert found[["maps", "height", "width"]].to_numpy().tolist() == [[8, 16, 32], [8, 16, 32], [2, 16, 32]]
+    assert found["parameters"].tolist() == [4 * 8 * 9, 0, 8 * 2 + 2]
+    assert found["multiplications"].tolist() == pytest.approx([4 * 8 * 9 * 512 / 1e9, 0, 8 * 2 * 512 / 1e9])
+    # The input of each convolution, the output of the ReLU; weights don't count.
+    assert found["kept"].tolist() == pytest.approx(
+        [4 * 32 * 64 * 4 / 1e6, 8 * 512 * 4 / 1e6, 8 * 512 * 4 / 1e6]
+    )
+
+
+def test_shares_of_each_column():
+    figure = diagrams.shares(STAGES[["blocks", "parameters"]], ["layer3"])
+    texts = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert texts[0] == ["0.0%", "6.0%", "16.0%", "72.0%", "6.0%"]
+    assert texts[1][3] == "60.8%"
+    plt.close(figure)

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from whalelib.plots import INK, PALETTE
 
@@ -132,6 +136,56 @@ def diagram(boxes: Sequence[tuple], arrows: Sequence[tuple]) -> Diagram:
     rows = [(*box, *(1.5, HEIGHT)[len(box) - 5 :]) for box in boxes]
     lines = [(*arrow, *("", "")[len(arrow) - 2 :]) for arrow in arrows]
     return Diagram(pd.DataFrame(rows, columns=BOXES), pd.DataFrame(lines, columns=ARROWS))
+
+
+def survey(layers: nn.Module, image: tuple[int, int, int]) -> pd.DataFrame:
+    """Return what each layer of a chain gives and costs, for one image (C, H, W).
+
+    Args:
+        layers: whose children follow one another, on torch's ``meta`` device: nothing is computed.
+        image: (C, H, W).
+
+    Returns:
+        Index layer; columns maps, height, width of the output; parameters; multiplications in billions; kept, the
+        megabytes of maps that training keeps until the gradient comes back.
+    """
+    rows, x = {}, torch.empty(1, *image, device="meta")
+    for name, layer in layers.named_children():
+        kept: dict[int, torch.Tensor] = {}
+        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(_keeping(kept), lambda t: t):
+            x = layer(x)
+        for tensor in layer.state_dict().values():
+            kept.pop(_storage(tensor), None)
+        megabytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 1e6
+        learned = sum(p.numel() for p in layer.parameters())
+        rows[name] = [*x.shape[1:], learned, counter.get_total_flops() / 2e9, megabytes]
+    columns = ["maps", "height", "width", "parameters", "multiplications", "kept"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("layer")
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _keeping(kept: dict[int, torch.Tensor]):
+    """Return a hook that notes each piece of memory once."""
+    return lambda tensor: kept.setdefault(_storage(tensor), tensor)
+
+
+def shares(costs: pd.DataFrame, marked: Sequence[str] = ()) -> Figure:
+    """Draw what share each row has of each column, a panel a column; marked rows in colour, the others gray."""
+    share = costs / costs.sum()
+    figure, axes = plt.subplots(
+        1, len(share.columns), figsize=(2.9 * len(share.columns), 2.2), sharey=True, sharex=True
+    )
+    for axis, name in zip(axes, share, strict=True):
+        colours = [PALETTE[0] if row in marked else PALETTE[6] for row in share.index]
+        bars = axis.barh(share.index, share[name], color=colours)
+        axis.bar_label(bars, [f"{value:.1%}" for value in share[name]], padding=3, fontsize=8)
+        axis.set(title=name, xlim=(0, 1.25 * share.max(axis=None)), xticks=[])
+        axis.grid(visible=False)
+    axes[0].invert_yaxis()
+    return figure
 
 
 def se_block(channels: int, reduction: int, height: int, width: int) -> Diagram:
