@@ -361,8 +361,8 @@ def test_class_balance_by_hand():
 def test_class_balance_and_new_whale():
     guesses = np.array([[NEW_WHALE, "a"], [NEW_WHALE, "b"]], dtype=object)
     confidence = np.array([[0.4, 0.3], [0.4, 0.05]])
-    assert class_balance(guesses, confidence)[0].tolist() == [["a", NEW_WHALE], [NEW_WHALE, "b"]]
-    assert not class_balance(guesses, confidence, new=False)[1].any()
+    assert class_balance(guesses, confidence, new=True)[0].tolist() == [["a", NEW_WHALE], [NEW_WHALE, "b"]]
+    assert not class_balance(guesses, confidence)[1].any()
 
 
 @pytest.mark.parametrize(

@@ -265,21 +265,22 @@ def confidence_of(guesses: np.ndarray, similarity: np.ndarray, identities, thres
 
 
 def class_balance(
-    guesses: np.ndarray, confidence: np.ndarray, gap: float = 0.3, many: int = 2, new: bool = True
+    guesses: np.ndarray, confidence: np.ndarray, gap: float = 0.3, many: int = 2, new: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exchange first and second guess where that spreads the first places over more whales (section 3.2.3).
 
     That is where their confidence differs by less than ``gap``, the second is first nowhere, and the first is among
-    the first two guesses of many photographs. The report has no number for "many", and no code was
-    published; what follows is ours: the number, that all exchanges are decided on the guesses as given (so the order of
-    the photographs does not matter), and ``new``.
+    the first two guesses of many photographs. The report has no number for "many" and does not say whether
+    ``new_whale`` is a class, and no code was published. Ours are the number, that ``new_whale`` keeps its place (to move
+    it costs points, see notebook 03_10), and that all exchanges are decided on the guesses as given, so that the
+    order of the photographs does not matter.
 
     Args:
         guesses: (Q, 5) labels, best first, of all photographs to be named; None is no guess.
         confidence: (Q, 5) of the guesses, as ``confidence_of`` returns it.
         gap: in units of the confidence.
         many: photographs, this one included.
-        new: whether ``new_whale`` takes part as a class like the others; if not, no exchange moves it.
+        new: whether ``new_whale`` takes part as a class like the others.
 
     Returns:
         (Q, 5) guesses and (Q,) booleans: which rows were exchanged.
