@@ -271,7 +271,7 @@ def class_balance(
 
     That is where their confidence differs by less than ``gap``, the second is first nowhere, and the first is among
     the first two guesses of many photographs. The report has no number for "many" and does not say whether
-    ``new_whale`` is a class, and no code was published. Ours are the number, that ``new_whale`` keeps its place (to move
+    ``new_whale`` is a class, and no code was published. Ours are the number, that ``new_whale`` keeps its place (moving
     it costs points, see notebook 03_10), and that all exchanges are decided on the guesses as given, so that the
     order of the photographs does not matter.
 
