@@ -187,7 +187,7 @@ def mask_model(run: Run) -> MaskNetwork:
     weights = folder / "unet.safetensors"
     with locked(folder):
         if weights.exists():
-            model = unet(pretrained=False).to(run.device)
+            model = unet().to(run.device)
             load_weights(model, weights)
             return model.eval()
         model, history = train_unet(
