@@ -230,7 +230,9 @@ def trained(run: Run, choices: Choices | None = None) -> Trained:
     choices = replace(choices, quadruplets=choices.quadruplets or BATCH[settings.profile])
     here = parts(run, choices.size)
     weights = os.environ.get("WHALE_SENET154", "") if settings.profile == "paper" else ""
-    folder = run.folder("first", **{**asdict(choices), "size": here.size}, weights=bool(weights))
+    data = [part.fingerprint for part in (here.rest, here.held)]
+    key = {**asdict(choices), "size": here.size, "weights": bool(weights), "photographs": data}
+    folder = run.folder("first", apart=APART, **key)
     model = network(settings.profile, len(here.known), settings.edition, settings.seed, choices.bias)
     model.to(run.device)
     log = folder / "history.csv"
