@@ -185,13 +185,13 @@ def test_mask_loss_without_a_fluke_has_a_finite_gradient():
 
 def test_training_finds_flukes(tmp_path):
     catalog = open_catalog("world:tiny").train
-    model, history = locate.train_unet(catalog, size=(64, 128), images=320, folder=tmp_path, device="cpu")
-    assert history["loss"].iloc[-1] < 0.6 * history["loss"].iloc[0]
+    model, history = locate.train_unet(catalog, size=(64, 128), images=640, folder=tmp_path, device="cpu")
+    assert history["loss"].iloc[-1] < 0.8 * history["loss"].iloc[0]
     found = locate.predict_masks(model, catalog, (64, 128))
     truth = Photographs(catalog, MASK_SIZE, masks=True)
     scores = [mask_iou(decode_rle(rle), truth.pixels(i)[..., 3] > 127) for i, rle in enumerate(found["rle"])]
     assert np.mean(scores) > 0.7
-    again, same = locate.train_unet(catalog, size=(64, 128), images=320, folder=tmp_path, device="cpu")
+    again, same = locate.train_unet(catalog, size=(64, 128), images=640, folder=tmp_path, device="cpu")
     assert same.equals(history)  # from the checkpoint
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
