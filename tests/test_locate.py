@@ -294,6 +294,9 @@ def test_masks_are_found_once(folder, model):
     again = locate.located(run_on(folder))
     assert model.calls == calls == 1
     assert near(boxes_of(again)["a0.png"], FLUKES["a0.png"])
+    part = run_on(folder).catalog.where(np.array([False, True, True, False]))
+    assert locate.found_masks(run_on(folder), part)["rle"].tolist() == again.table["rle"].tolist()[1:3]
+    assert model.calls == calls
     model.level.data += 0.1  # another model, other masks
     locate.located(run_on(folder))
     assert model.calls == calls + 1

@@ -41,6 +41,7 @@ __all__ = [
     "decode_rle",
     "encode_rle",
     "find_mask",
+    "found_masks",
     "located",
     "mask_box",
     "mask_model",
@@ -247,6 +248,34 @@ def predict_masks(
     return table
 
 
+def found_masks(run: Run, catalog: Catalog) -> pd.DataFrame:
+    """Return what :func:`predict_masks` finds with the run's U-Net, each photograph looked at once.
+
+    Results are kept by the photographs' pixels: a part of a catalog, or one with a few new photographs, reuses them.
+    """
+    model = mask_model(run)
+    weights = hashlib.sha256()
+    for value in model.state_dict().values():
+        weights.update(value.cpu().numpy().tobytes())
+    code = _code(predict_masks, probability, *map(inspect.getmodule, (Photographs, read_image)))
+    folder = _folder("masks", weights.hexdigest(), code, run.device)
+    path, pixels = folder / "masks.csv", statistics(catalog)["sha1"]
+    with locked(folder):
+        kept = pd.DataFrame(columns=["rle", "confidence"])
+        if path.exists():
+            kept = pd.read_csv(path, index_col="sha1", dtype={"rle": "str"}, keep_default_na=False)
+        missing = ~pixels.isin(kept.index).to_numpy()
+        if missing.any():
+            found = predict_masks(model, catalog.where(missing)).set_index(pixels[missing])
+            kept = pd.concat([part for part in (kept, found[kept.columns]) if len(part)])
+            kept = kept[~kept.index.duplicated()]
+            with replacing(path) as part:
+                kept.to_csv(part, index_label="sha1")
+    table = kept.loc[pixels].reset_index(drop=True)
+    table.insert(0, "image", catalog.table["image"].to_numpy())
+    return table
+
+
 @torch.inference_mode()
 def probability(model: nn.Module, images: np.ndarray) -> np.ndarray:
     """Return how probably each pixel is the fluke's, (N, *MASK_SIZE), of images (N, H, W, 3) uint8.
@@ -303,8 +332,7 @@ def located(
 
     missing, bare = table["rle"].isna().to_numpy(), table["x0"].isna().to_numpy()
     if missing.any():
-        found = _found(run, catalog.where(missing)).set_index("image")["rle"]
-        table.loc[missing, "rle"] = found.reindex(table["image"][missing]).to_numpy()
+        table.loc[missing, "rle"] = found_masks(run, catalog.where(missing))["rle"].to_numpy()
     own = {i: mask_box(decode_rle(table["rle"].iat[i])) for i in np.flatnonzero(missing | bare)}
     crumbs = [i for i in np.flatnonzero(missing) if own[i] is None]
     table.loc[crumbs, "rle"] = ""
@@ -334,22 +362,6 @@ def _scaled(box: Box | None, height: float, width: float, margin: float) -> Box:
         max(y0 - y, 0.0) * down,
         min(x1 + x, MASK_SIZE[1]) * across,
         min(y1 + y, MASK_SIZE[0]) * down,
-    )
-
-
-def _found(run: Run, catalog: Catalog) -> pd.DataFrame:
-    """Return the masks found in photographs, from the cache if they are there."""
-    model = mask_model(run)
-    weights = hashlib.sha256()
-    for value in model.state_dict().values():
-        weights.update(value.cpu().numpy().tobytes())
-    code = _code(predict_masks, probability, *map(inspect.getmodule, (Photographs, read_image)))
-    path = _folder("masks", catalog.fingerprint, weights.hexdigest(), code, run.device) / "masks.csv"
-    if not path.exists():
-        with replacing(path) as part:
-            predict_masks(model, catalog).rename(columns={"image": "Image"}).to_csv(part, index=False)
-    return pd.read_csv(path, dtype={"Image": "str", "rle": "str"}, keep_default_na=False).rename(
-        columns={"Image": "image"}
     )
 
 
