@@ -16,6 +16,7 @@ STAGES = pd.DataFrame(
         "height": [64, 64, 32, 16, 8],
         "width": [128, 128, 64, 32, 16],
         "parameters": [113_408, 354_864, 4_695_296, 68_677_888, 39_199_104],
+        "kept": [77.6, 163.6, 226.61, 466.62, 25.36],  # a column of another kind turns no shape into 64.0
     },
     index=[f"layer{i}" for i in range(5)],
 )

@@ -269,24 +269,24 @@ def senet(stages: pd.DataFrame, image: tuple[int, int, int]) -> Diagram:
     boxes.append(("pool", "max pooling\n3 × 3, s 2", "pooling", 7.75, gap, 1.6, 0.5))
     arrows = [("image", "conv1"), ("conv1", "conv2"), ("conv2", "conv3"), ("conv3", "pool")]
     last = "pool"
-    for row, (layer, stage) in enumerate(stages.iterrows(), start=1):
-        text = f"{layer}\n{stage['parameters'] / 1e6:.2f} M"
-        boxes.append((f"name-{layer}", text, "label", 0.6, gap * row, 0.9, 0.5))
+    rows = list(stages.itertuples())
+    for row, stage in enumerate(rows, start=1):
+        text = f"{stage.Index}\n{stage.parameters / 1e6:.2f} M"
+        boxes.append((f"name-{stage.Index}", text, "label", 0.6, gap * row, 0.9, 0.5))
         if row == 1:
             continue
-        before = stages.iloc[row - 2]
-        tensor = f"{before['maps']} × {before['height']} × {before['width']}"
-        first, rest = f"{layer}-first", f"{layer}-rest"
-        texts = [f"SE bottleneck\ns = {stage['stride']}, 4d = {stage['maps']}"]
-        texts += [f"SE bottleneck × {stage['blocks'] - 1}\ns = 1, 4d = {stage['maps']}"]
+        before = rows[row - 2]
+        tensor = f"{before.maps} × {before.height} × {before.width}"
+        first, rest = f"{stage.Index}-first", f"{stage.Index}-rest"
+        texts = [f"SE bottleneck\ns = {stage.stride}, 4d = {stage.maps}"]
+        texts += [f"SE bottleneck × {stage.blocks - 1}\ns = 1, 4d = {stage.maps}"]
         boxes += [
             (first, texts[0], "block", 2.2, gap * row, 1.6, 0.5),
             (rest, texts[1], "block", 4.6, gap * row, 1.7, 0.5),
         ]
         arrows += [(last, first, tensor, "z"), (first, rest)]
         last = rest
-    end = stages.iloc[-1]
-    text = f"feature maps\n{end['maps']} × {end['height']} × {end['width']}"
+    text = f"feature maps\n{stage.maps} × {stage.height} × {stage.width}"
     boxes.append(("out", text, "data", 7.75, gap * len(stages), 1.6, 0.5))
     return diagram(boxes, [*arrows, (last, "out")])
 
