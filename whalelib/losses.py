@@ -1,14 +1,23 @@
-"""What training lowers: the baseline's loss, and the first solution's three (report, section 3.3.3).
+"""What training lowers: the baseline's loss, the first solution's three and the second's (sections 3.3.3, 4.3.3).
 
 The first solution's loss is, of its network's output and the labels (2C for ``new_whale``)::
 
     triplet(euclidean(output["global"]), labels, 2 * C)
     + triplet(aligned(output["local"]), labels, 2 * C)
     + top_errors(output["logits"], labels)
+
+The second solution's, of two heads' logits and cosines, and of the features that both begin with::
+
+    focal(output["logits"], labels)
+    + 0.1 * arcface(output["cosines"], labels)
+    + triplet(euclidean(output["features"]), labels)
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 CLOSEST = 1e-6  # the least distance between two rows: at 0 the root has no gradient
 
@@ -100,7 +109,7 @@ def aligned(stripes: torch.Tensor) -> torch.Tensor:
     return shortest_path(stripe_costs(stripes))
 
 
-def relations(labels: torch.Tensor, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+def relations(labels: torch.Tensor, new: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Say who is whose positive and who is whose negative.
 
     A row is its own positive, and of ``new_whale`` that is the only one. Two of ``new_whale`` may be the same
@@ -108,20 +117,22 @@ def relations(labels: torch.Tensor, new: int) -> tuple[torch.Tensor, torch.Tenso
 
     Args:
         labels: (N,) integers.
-        new: the label of ``new_whale``.
+        new: the label of ``new_whale``; None where it is a class like the others, as in the second solution.
 
     Returns:
         Two (N, N) arrays of bool, positive and negative.
 
-    Source: the first solution's code; the report doesn't say.
+    Source: the solutions' code; the report doesn't say.
     """
     same = labels[:, None] == labels[None, :]
-    known = labels != new
+    known = torch.ones_like(labels, dtype=torch.bool) if new is None else labels != new
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return same & known | itself, ~same
 
 
-def hardest(distance: torch.Tensor, labels: torch.Tensor, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+def hardest(
+    distance: torch.Tensor, labels: torch.Tensor, new: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Distance of each row to its farthest positive and its nearest negative in the batch.
 
     Args:
@@ -142,21 +153,60 @@ def hardest(distance: torch.Tensor, labels: torch.Tensor, new: int) -> tuple[tor
     )
 
 
-def triplet(distance: torch.Tensor, labels: torch.Tensor, new: int, margin: float = 0.3) -> torch.Tensor:
+def hardest_as_shipped(distance: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the second solution's code takes for ``hardest``: wrong where classes differ in size.
+
+    All positives' distances stand in one list, row after row, which is cut into N pieces of one length; likewise
+    the negatives'. Where ``new_whale`` has more rows than a whale, the pieces aren't those of the rows, and a
+    row gets another's farthest positive, which may be nearer than its own.
+
+    Args:
+        distance: (N, N).
+        labels: (N,) integers, ``new_whale`` being a class like the others.
+
+    Returns:
+        (N,) and (N,), as ``hardest``, and the same when all classes have equally many rows.
+
+    Raises:
+        ValueError: N pieces of one length can't be had, which stops the original too.
+    """
+    positive, negative = relations(labels)
+    each, rest = divmod(int(positive.sum()), len(labels))
+    if rest:
+        raise ValueError(
+            f"{len(labels)} rows have {each * len(labels) + rest} positives, not equally many each on average: "
+            "as shipped the second solution can't mine such a batch"
+        )
+    near = distance[positive].view(len(labels), each)
+    far = distance[negative].view(len(labels), len(labels) - each)
+    return near.amax(dim=1), F.pad(far, (0, 1), value=torch.inf).amin(dim=1)
+
+
+def triplet(
+    distance: torch.Tensor,
+    labels: torch.Tensor,
+    new: int | None = None,
+    margin: float = 0.3,
+    *,
+    as_shipped: bool = False,
+) -> torch.Tensor:
     """Batch-hard triplet loss: the mean over rows of max(0, margin + farthest positive - nearest negative).
 
-    The first solution's code. The report's equation 3.6 is a sum over all triplets.
+    The solutions' code. The report's equation 3.6 is a sum over all triplets.
 
     Args:
         distance: (N, N), of ``euclidean`` or ``aligned``.
         labels: (N,) integers.
-        new: the label of ``new_whale``, whose rows only push away the known whales nearest to them.
+        new: the label of ``new_whale``, whose rows only push away the known whales nearest to them; None where it
+            is a class like the others.
         margin: m in equation 3.6.
+        as_shipped: take ``hardest_as_shipped``, for which ``new_whale`` is a class like the others.
 
     Returns:
         A scalar; 0 with gradients of zero when no row has a negative.
     """
-    positive, negative = hardest(distance, labels, new)
+    mined = hardest_as_shipped(distance, labels) if as_shipped else hardest(distance, labels, new)
+    positive, negative = mined
     return F.relu(margin + positive - negative).mean()
 
 
@@ -187,6 +237,150 @@ def top_errors(logits: torch.Tensor, labels: torch.Tensor, top: int = 30) -> tor
     wrong = F.softplus(signed.topk(min(top, signed.shape[1]), dim=1).values).mean()
     missed = F.softplus(-true[:, 0]).masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
     return wrong + missed
+
+
+class _Cosines(torch.autograd.Function):
+    """Products of unit rows with weights, divided by the weights' lengths; no unit weights are ever held."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(weight, dim=1).clamp(min=1e-12)
+        found = (rows @ weight.T).div_(length)
+        ctx.save_for_backward(rows, weight, length, found)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        rows, weight, length, found = ctx.saved_tensors
+        across = gradient / length
+        for_rows = across @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return for_rows, None
+        # A step along a weight changes its length alone, not the cosine: that part is taken away.
+        along = (across * found).sum(dim=0) / length
+        return for_rows, (weight * -along[:, None]).addmm_(across.T, rows)
+
+
+def cosines(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Cosine of the angle between every row and every class's direction.
+
+    The same as the product of both after L2 normalisation, without a normalised copy of the weights, which for
+    thousands of classes is most of such a head's memory and time. Under autocast it is computed in the weights'
+    precision all the same: a scale of 64 and a margin leave nothing to round. Can be differentiated once.
+
+    Args:
+        rows: (N, D), of any length above 0.
+        weight: (K, D), a direction a class, of any length above 0.
+
+    Returns:
+        (N, K) in the precision of ``weight``.
+
+    Source: report, section 4.3.3: W and x normalised, no bias.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return _Cosines.apply(F.normalize(rows.to(weight.dtype)), weight)
+
+
+def add_margin(cosines: torch.Tensor, labels: torch.Tensor, margin: float = 0.5) -> torch.Tensor:
+    """Make each row's own class harder by an angle: ArcFace's margin, or CosFace's where that would turn back.
+
+    The own cosine, cos(t), becomes cos(t + m) where t + m < pi, and cos(t) - m sin(m) elsewhere: beyond pi
+    a larger angle would have a larger cosine again.
+
+    Args:
+        cosines: (N, K), not scaled; they may be outside [-1, 1] by rounding.
+        labels: (N,) integers; a row whose label is not one of 0 to K - 1 (``new_whale``) is left as it is.
+        margin: m, in radians.
+
+    Returns:
+        (N, K), float64 for float64 cosines, else float32. Gradients are finite everywhere; at an angle of 0 or
+        pi, where the slope is infinite, only the cosine's own part counts.
+
+    Source: report, equation 4.8 and the CosFace section; ArcFace (Deng et al., 2019). The report has the switch
+    at t outside [0, pi], where t never is; the code at t + m.
+    """
+    known, place = _own(labels, cosines.shape[1])
+    own = cosines.gather(1, place).to(_full(cosines))
+    sine = ((1 - own) * (1 + own)).clamp(min=torch.finfo(own.dtype).tiny).sqrt()
+    turned = own * math.cos(margin) - sine * math.sin(margin)
+    moved = torch.where(own > -math.cos(margin), turned, own - margin * math.sin(margin))
+    changed = cosines.to(own.dtype, copy=True)
+    return changed.scatter_(1, place, torch.where(known[:, None], moved, own))
+
+
+def arcface(
+    cosines: torch.Tensor, labels: torch.Tensor, margin: float = 0.5, scale: float = 64.0
+) -> torch.Tensor:
+    """Softmax cross entropy of scaled cosines with a margin for the true class, a mean over the rows that have one.
+
+    The report has the margin; the second solution's code never applies it in training: margin 0 (NormFace).
+
+    Args:
+        cosines: (N, K), as ``cosines`` gives.
+        labels: (N,) integers; rows whose label is not one of 0 to K - 1 (``new_whale``) are left out.
+        margin: m in equation 4.8, radians.
+        scale: s in equation 4.8.
+
+    Returns:
+        A scalar, in nats. Zero, with gradients of zero, when every row is left out.
+
+    Source: report, equation 4.8.
+    """
+    known, _ = _own(labels, cosines.shape[1])
+    logits = add_margin(cosines, labels, margin).mul_(scale)
+    return cross_entropy(logits, labels.masked_fill(~known, -1))
+
+
+def focal(
+    logits: torch.Tensor, labels: torch.Tensor, ratio: float | None = None, gamma: float = 2.0
+) -> torch.Tensor:
+    """Adapted focal loss: binary cross-entropy of every class, and the same again weighted by its error.
+
+    With X* = -X for the true class and X for the others, an entry's cross-entropy is log(1 + exp(X*)), which is
+    equation 4.12's h(X*) + zeta(-|X*|) with h(x) = max(x, 0). (Equation 4.9 has h's sign wrong: |x| where
+    x <= 0.) Its error is sigma(X*).
+
+    Args:
+        logits: (N, K).
+        labels: (N,) integers; a row whose label is not one of 0 to K - 1 (``new_whale``) has no true class.
+        ratio: None, the report: both terms are means over all entries. Otherwise the code: both are means over the
+            int(ratio * K), but at least one, hardest entries of each row, and a third term is the weighted
+            cross-entropy of the true class, a mean over the rows that have one.
+        gamma: power of the error.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        ValueError: a ratio not above 0 or above 1.
+
+    Source: report, equations 4.9 to 4.12; focal loss (Lin et al., 2017).
+    """
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ValueError(f"ratio = {ratio}: give a share of the classes, above 0 and at most 1")
+    logits = logits.to(_full(logits))
+    known, place = _own(labels, logits.shape[1])
+    true = logits.gather(1, place)
+    signed = logits.scatter(1, place, torch.where(known[:, None], -true, true))
+    if ratio is None:
+        return _focal_entries(signed, gamma).mean()
+    # Both terms rise with X*, so they have the same hardest entries.
+    hard = signed.topk(max(1, int(ratio * logits.shape[1])), dim=1).values
+    missed = -true[:, 0]
+    third = (missed.sigmoid() ** gamma * F.softplus(missed)).masked_fill(~known, 0)
+    return _focal_entries(hard, gamma).mean() + third.sum() / known.sum().clamp(min=1)
+
+
+def _focal_entries(signed: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return each entry's cross-entropy plus its weighted one, of X*."""
+    return (1 + signed.sigmoid() ** gamma) * F.softplus(signed)
+
+
+def _own(labels: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which rows have one of the classes, (N,), and each row's place for ``gather``, (N, 1); 0 without."""
+    known = (labels >= 0) & (labels < classes)
+    return known, labels.masked_fill(~known, 0)[:, None]
 
 
 def _full(tensor: torch.Tensor) -> torch.dtype:
