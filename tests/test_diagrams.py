@@ -4,6 +4,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+import torchvision
+from pretrainedmodels.models import senet
 from torch import nn
 
 from whalelib.report import diagrams
@@ -20,11 +22,27 @@ STAGES = pd.DataFrame(
     },
     index=[f"layer{i}" for i in range(5)],
 )
+RESNET = pd.DataFrame(
+    {
+        "blocks": [0, 3, 4, 23, 3],
+        "stride": [4, 1, 2, 2, 2],
+        "maps": [64, 256, 512, 1024, 2048],
+        "height": [64, 64, 32, 16, 8],
+        "width": [128, 128, 64, 32, 16],
+        "parameters": [9_536, 215_808, 1_219_584, 26_090_496, 14_964_736],
+    },
+    index=STAGES.index,
+)
+RESNETS = {"ResNet-101": RESNET, "SE-ResNet-101": RESNET.assign(parameters=[9_536, 1, 2, 3, 4])}
 ALL = {
     "3.7": diagrams.first_place(2048, 8, 16, 512, 10008, (4, 256, 512), "SENet-154"),
     "3.8": diagrams.se_block(256, 16, 64, 128),
     "3.9": diagrams.se_bottleneck(),
     "3.10": diagrams.senet(STAGES, (4, 256, 512)),
+    "4.6": diagrams.second_place(2048, 8, 16, 10008, (3, 256, 512), "SE-ResNeXt-101"),
+    "4.6 as shipped": diagrams.second_place(2048, 8, 16, 10008, (3, 256, 512), "SE-ResNet-101", margin=0),
+    "4.7": diagrams.resnets(RESNETS, (3, 256, 512)),
+    "4.8": diagrams.bottlenecks(),
 }
 each = pytest.mark.parametrize("drawing", ALL.values(), ids=ALL.keys())
 
@@ -67,6 +85,54 @@ def test_figures_say_the_shapes():
     tensors = [tensor for tensor in ALL["3.10"].table["tensor"] if tensor]
     assert tensors == ["128 × 64 × 128", "256 × 64 × 128", "512 × 32 × 64", "1024 × 16 × 32"]
     assert ALL["3.10"].boxes.set_index("name").loc["layer3-rest", "text"].startswith("SE bottleneck × 35")
+
+
+def text_of(drawing):
+    return drawing.boxes.set_index("name")["text"]
+
+
+def test_figure_4_6_says_the_weights_and_the_margin():
+    described, shipped = ALL["4.6"], ALL["4.6 as shipped"]
+    ends = described.table.set_index("from")["tensor"]
+    assert ends[["triplet loss", "cross-entropy", "adapted focal loss"]].tolist() == ["× 1", "× 0.1", "× 1"]
+    assert text_of(described)["margin"] == "margin\ncos(θ + 0.5)"
+    assert text_of(shipped)["margin"] == "no margin\nin training"
+    assert text_of(shipped)["fc"] == "16 × FC\n2048 → 10008"
+
+
+def test_figure_4_7_says_the_shapes_and_the_sums():
+    tensors = [tensor for tensor in ALL["4.7"].table["tensor"] if tensor]
+    assert tensors == ["64 × 64 × 128", "256 × 64 × 128", "512 × 32 × 64", "1024 × 16 × 32"]
+    text = text_of(ALL["4.7"])
+    assert text["layer3-rest"] == "bottleneck × 22\ns = 1, 4d = 1024" and text["conv"].endswith("64 maps")
+    assert text["ResNet-101-6"] == "42.50 M" and text["SE-ResNet-101-6"] == "0.01 M"
+    with pytest.raises(ValueError, match="ResNet-101, SE-ResNet-101: of different structure"):
+        diagrams.resnets(RESNETS | {"SE-ResNet-101": RESNET.assign(blocks=1)}, (3, 256, 512))
+
+
+def test_figure_4_8_shows_the_networks_as_they_are():
+    with torch.device("meta"):
+        networks = [
+            torchvision.models.resnet101(),
+            senet.se_resnet101(pretrained=None),
+            senet.se_resnext101_32x4d(pretrained=None),
+        ]
+    assert len(networks) == len(diagrams.BOTTLENECKS)
+    text = text_of(ALL["4.8"])
+    tensors = ALL["4.8"].arrows.set_index("source")["tensor"]
+    for name, network in zip(diagrams.BOTTLENECKS, networks, strict=True):
+        for stage in (network.layer2, network.layer3, network.layer4):
+            block = stage[0]
+            d = block.conv3.out_channels // 4
+            for conv in ("conv1", "conv2", "conv3"):
+                strided = getattr(block, conv).stride == (2, 2)
+                assert strided == ("stride s" in text[f"{name}-{conv}"])
+            width = "d" if block.conv2.out_channels == d else f"{block.conv2.out_channels // d}d"
+            assert tensors[f"{name}-norm2"].startswith(f"{width} ×")
+            assert ("32 groups" in text[f"{name}-conv2"]) == (block.conv2.groups == 32)
+            assert hasattr(block, "se_module") == (f"{name}-se" in text)
+            assert block.downsample[0].stride == (2, 2)
+            assert block.downsample[0].kernel_size == (1, 1)
 
 
 def test_a_text_too_long_is_found():

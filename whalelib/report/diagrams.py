@@ -1,11 +1,11 @@
-"""The report's drawings of networks, drawn again from their numbers: Figures 3.7 to 3.10.
+"""The report's drawings of networks, drawn again from their numbers: Figures 3.7 to 3.10, 4.6 to 4.8.
 
 A diagram is two tables, of boxes and of arrows; shapes on arrows are those of the tensors that flow along them.
 Lengths are inches, y counts downwards.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -233,22 +233,28 @@ def se_bottleneck(groups: int = 64) -> Diagram:
         ("relu", "ReLU", "activation", "4d × H/s × W/s"),
         ("out", "output", "data", ""),
     ]
-    boxes, y = [], 0.0
-    for name, text, kind, _ in chain:
-        height = 0.5 if "\n" in text else 0.32
-        y += height / 2
-        width = 0.32 if kind == "operation" else 1.9
-        boxes.append((name, text, kind, 1.3, y, width, height))
-        y += height / 2 + 0.26
+    boxes, arrows = _residual(chain, 1.3, 1.9)
     at = {name: y for name, _, _, _, y, _, _ in boxes}
     boxes += [
         ("down", "convolution, stride s,\nwhen the shape changes", "convolution", 4.3, at["norm1"], 1.9, 0.5),
         ("norm4", "batch norm", "normalisation", 4.3, at["norm2"], 1.9, 0.32),
     ]
-    names = [name for name, *_ in chain]
-    arrows = [(a, b, tensor) for (a, *_, tensor), b in zip(chain[:-1], names[1:], strict=True)]
     arrows += [("in", "down", "", "h"), ("down", "norm4"), ("norm4", "plus", "4d × H/s × W/s", "v")]
     return diagram(boxes, arrows)
+
+
+def _residual(chain: Sequence[tuple], x: float, wide: float, of: str = "") -> tuple[list, list]:
+    """Return boxes and arrows of a column (name, text, kind, tensor that leaves it); a row without text stays empty."""
+    boxes, y = [], 0.0
+    for name, text, kind, _ in chain:
+        height = 0.5 if "\n" in text else 0.32
+        if text:
+            wide_here = 0.32 if kind == "operation" else wide
+            boxes.append((of + name, text, kind, x, y + height / 2, wide_here, height))
+        y += height + 0.26
+    shown = [row for row in chain if row[1]]
+    arrows = [(of + one, of + other, tensor) for (one, *_, tensor), (other, *_) in itertools.pairwise(shown)]
+    return boxes, arrows
 
 
 def senet(stages: pd.DataFrame, image: tuple[int, int, int]) -> Diagram:
@@ -268,27 +274,28 @@ def senet(stages: pd.DataFrame, image: tuple[int, int, int]) -> Diagram:
     ]
     boxes.append(("pool", "max pooling\n3 × 3, s 2", "pooling", 7.75, gap, 1.6, 0.5))
     arrows = [("image", "conv1"), ("conv1", "conv2"), ("conv2", "conv3"), ("conv3", "pool")]
-    last = "pool"
-    rows = list(stages.itertuples())
-    for row, stage in enumerate(rows, start=1):
+    for row, stage in enumerate(stages.itertuples(), start=1):
         text = f"{stage.Index}\n{stage.parameters / 1e6:.2f} M"
         boxes.append((f"name-{stage.Index}", text, "label", 0.6, gap * row, 0.9, 0.5))
-        if row == 1:
-            continue
-        before = rows[row - 2]
-        tensor = f"{before.maps} × {before.height} × {before.width}"
+    more, lines, last = _stages(stages, gap, "SE bottleneck")
+    text = "feature maps\n{maps} × {height} × {width}".format(**stages.iloc[-1].astype(int))
+    boxes += [*more, ("out", text, "data", 7.75, gap * len(stages), 1.6, 0.5)]
+    return diagram(boxes, [*arrows, *lines, (last, "out")])
+
+
+def _stages(stages: pd.DataFrame, gap: float, block: str) -> tuple[list, list, str]:
+    """Return boxes and arrows of the stages after the stem's box "pool", a row each, and the last box's name."""
+    boxes, arrows, last = [], [], "pool"
+    for row, (before, stage) in enumerate(itertools.pairwise(stages.itertuples()), start=2):
         first, rest = f"{stage.Index}-first", f"{stage.Index}-rest"
-        texts = [f"SE bottleneck\ns = {stage.stride}, 4d = {stage.maps}"]
-        texts += [f"SE bottleneck × {stage.blocks - 1}\ns = 1, 4d = {stage.maps}"]
+        text, others = f"{block}\ns = {stage.stride}, 4d = {stage.maps}", f"{block} × {stage.blocks - 1}"
         boxes += [
-            (first, texts[0], "block", 2.2, gap * row, 1.6, 0.5),
-            (rest, texts[1], "block", 4.6, gap * row, 1.7, 0.5),
+            (first, text, "block", 2.2, gap * row, 1.6, 0.5),
+            (rest, f"{others}\ns = 1, 4d = {stage.maps}", "block", 4.6, gap * row, 1.7, 0.5),
         ]
-        arrows += [(last, first, tensor, "z"), (first, rest)]
+        arrows += [(last, first, f"{before.maps} × {before.height} × {before.width}", "z"), (first, rest)]
         last = rest
-    text = f"feature maps\n{stage.maps} × {stage.height} × {stage.width}"
-    boxes.append(("out", text, "data", 7.75, gap * len(stages), 1.6, 0.5))
-    return diagram(boxes, [*arrows, (last, "out")])
+    return boxes, arrows, last
 
 
 def first_place(
@@ -343,4 +350,142 @@ def first_place(
         ("triplet2", "sum", "", "h"),
         ("sum", "loss"),
     ]
+    return diagram(boxes, arrows)
+
+
+def second_place(
+    features: int,
+    height: int,
+    width: int,
+    classes: int,
+    image: tuple[int, int, int],
+    backbone: str,
+    margin: float = 0.5,
+) -> Diagram:
+    """Figure 4.6: the flow common to all models, with the weights of the three losses.
+
+    Args:
+        features, height, width: of the backbone's last map.
+        classes: whales and mirrored whales, 2C.
+        image: (C, H, W).
+        backbone: its name.
+        margin: in radians, 0 for the training as shipped.
+    """
+    up, middle, down = 0.0, 0.95, 1.9
+    angle = f"margin\ncos(θ + {margin:g})" if margin else "no margin\nin training"
+    boxes = [
+        ("image", "photograph\n{} × {} × {}".format(*image), "data", 0.75, middle, 1.3, 0.5),
+        ("backbone", backbone, "block", 0.75, down, 1.3, 0.5),
+        ("average", f"average over\n{height} × {width}", "pooling", 2.85, down, 1.1, 0.5),
+        ("norm", "batch norm", "normalisation", 2.85, middle, 1.1, 0.36),
+        ("l2", "L2", "normalisation", 2.85, up, 1.1, 0.36),
+        ("triplet", "triplet loss", "loss", 9.2, up, 1.2, 0.5),
+        ("cosine", f"cosine with\neach of {classes}", "convolution", 4.75, middle, 1.25, 0.5),
+        ("margin", angle, "activation", 6.25, middle, 1.05, 0.5),
+        ("softmax", "× 64, softmax", "activation", 7.6, middle, 1.05, 0.36),
+        ("arcface", "cross-entropy", "loss", 9.2, middle, 1.2, 0.5),
+        ("fc", f"16 × FC\n{features} → {classes}", "convolution", 4.75, down, 1.25, 0.5),
+        ("sigmoid", "sigmoid", "activation", 6.8, down, 0.8, 0.36),
+        ("focal", "adapted\nfocal loss", "loss", 9.2, down, 1.2, 0.5),
+        ("answer", "classification", "data", 6.8, 2.65, 1.2, 0.36),
+        ("sum", "+", "operation", 10.6, middle, 0.32, 0.32),
+        ("loss", "loss", "loss", 11.3, middle, 0.6, 0.36),
+    ]
+    arrows = [
+        ("image", "backbone"),
+        ("backbone", "average", f"{features} × {height} × {width}"),
+        ("average", "norm", f"{features}"),
+        ("norm", "l2", f"{features}"),
+        ("l2", "triplet", f"{features} features of length 1"),
+        ("l2", "cosine", "", 3.8),
+        ("l2", "fc", "", 3.8),
+        ("cosine", "margin"),
+        ("margin", "softmax"),
+        ("softmax", "arcface"),
+        ("fc", "sigmoid", f"{classes}"),
+        ("sigmoid", "focal", f"{classes}"),
+        ("sigmoid", "answer"),
+        ("triplet", "sum", "× 1", "h"),
+        ("arcface", "sum", "× 0.1"),
+        ("focal", "sum", "× 1", "h"),
+        ("sum", "loss"),
+    ]
+    return diagram(boxes, arrows)
+
+
+def resnets(networks: Mapping[str, pd.DataFrame], image: tuple[int, int, int]) -> Diagram:
+    """Figure 4.7: the structure that ResNet-101 and its relatives share, and what each stage of each has to learn.
+
+    Args:
+        networks: name -> table as ``senet`` takes it, equal in all but the parameters.
+        image: (C, H, W).
+
+    Raises:
+        ValueError: networks of different structure.
+    """
+    gap, tables = 0.95, list(networks.values())
+    shape = ["blocks", "stride", "maps", "height", "width"]
+    if not all(table[shape].equals(tables[0][shape]) for table in tables):
+        raise ValueError(f"{', '.join(networks)}: of different structure")
+    stages = tables[0]
+    stem = f"convolution\n7 × 7, s 2, {stages['maps'].iloc[0]} maps"
+    boxes = [
+        ("image", "image\n{} × {} × {}".format(*image), "data", 2.2, 0, 1.6, 0.5),
+        ("conv", stem, "convolution", 2.2, gap, 1.6, 0.5),
+        ("pool", "max pooling\n3 × 3, s 2", "pooling", 4.6, gap, 1.7, 0.5),
+    ]
+    names = dict(enumerate(stages.index, start=1)) | {len(stages) + 1: "all"}
+    boxes += [(f"name-{name}", name, "label", 0.6, gap * row, 0.9, 0.5) for row, name in names.items()]
+    for column, (network, table) in enumerate(networks.items()):
+        x = 6.6 + 1.45 * column
+        boxes.append((f"head-{network}", f"{network}\nparameters", "label", x, 0, 1.4, 0.5))
+        for row, learned in enumerate([*table["parameters"], table["parameters"].sum()], start=1):
+            boxes.append((f"{network}-{row}", f"{learned / 1e6:.2f} M", "label", x, gap * row, 1.4, 0.5))
+    more, lines, last = _stages(stages, gap, "bottleneck")
+    text = "feature maps\n{maps} × {height} × {width}".format(**stages.iloc[-1].astype(int))
+    boxes += [*more, ("out", text, "data", 4.6, gap * (len(stages) + 1), 1.7, 0.5)]
+    return diagram(boxes, [("image", "conv"), ("conv", "pool"), *lines, (last, "out")])
+
+
+BOTTLENECKS = {  # name: stride of the first and the second convolution, maps of both, groups, SE block
+    "ResNet-101": ("", ", stride s", "d", "", False),
+    "SE-ResNet-101": (", stride s", "", "d", "", True),
+    "SE-ResNeXt-101 (32 × 4d)": ("", ", stride s", "2d", "32 groups", True),
+}
+
+
+def bottlenecks() -> Diagram:
+    """Figure 4.8: the bottlenecks of the three backbones side by side; stride s and 4d output maps."""
+    boxes, arrows = [], []
+    for column, (name, (first, second, maps, groups, squeeze)) in enumerate(BOTTLENECKS.items()):
+        x, after = 4.2 * column + 1.2, f"{maps} × H/s × W/s"
+        chain = [
+            ("in", "input", "data", "C × H × W"),
+            ("conv1", f"convolution 1 × 1{first}", "convolution", ""),
+            ("norm1", "batch norm, ReLU", "normalisation", after if first else f"{maps} × H × W"),
+            ("conv2", f"convolution 3 × 3{second}\n{groups or '1 group'}", "convolution", ""),
+            ("norm2", "batch norm, ReLU", "normalisation", after),
+            ("conv3", "convolution 1 × 1", "convolution", ""),
+            ("norm3", "batch norm", "normalisation", "4d × H/s × W/s"),
+            ("se", "SE block" if squeeze else "", "block", "4d × H/s × W/s"),
+            ("plus", "+", "operation", ""),
+            ("relu", "ReLU", "activation", "4d × H/s × W/s"),
+            ("out", "output", "data", ""),
+        ]
+        column_boxes, column_arrows = _residual(chain, x, 1.9, f"{name}-")
+        at = {box[0]: box[4] for box in column_boxes}
+        down, norm = f"{name}-down", f"{name}-norm4"
+        text = "convolution 1 × 1,\nstride s, if needed"
+        boxes += [
+            *column_boxes,
+            (f"{name}-name", name, "label", x, -0.4, 1.9, 0.32),
+            (down, text, "convolution", x + 1.95, at[f"{name}-norm1"], 1.4, 0.5),
+            (norm, "batch norm", "normalisation", x + 1.95, at[f"{name}-norm2"], 1.4, 0.32),
+        ]
+        arrows += [
+            *column_arrows,
+            (f"{name}-in", down, "", "h"),
+            (down, norm),
+            (norm, f"{name}-plus", "", "v"),
+        ]
     return diagram(boxes, arrows)
