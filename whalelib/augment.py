@@ -1,17 +1,17 @@
 """Random changes of a photograph that leave the animal the same.
 
-Section 3.1.4 of the report describes the first solution's steps, section 4.1.3 those of the others. Here are
-the baseline's few, the first solution's, and the seeding that all share. No step mirrors a photograph: that
-makes another animal, so it is the data set's to do, with the label.
+Section 3.1.4 of the report describes the first solution's steps, section 4.1.3 the second's. Here are the
+baseline's few, theirs, and the seeding that all share. No step mirrors a photograph: that makes another animal,
+so it is the data set's to do, with the label.
 """
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
-from math import ceil, floor, prod, sqrt
+from math import ceil, cos, floor, prod, radians, sin, sqrt, tan
 from statistics import NormalDist
 from typing import Annotated, Literal
 
@@ -27,7 +27,7 @@ from albumentations.core.type_definitions import Targets
 
 from whalelib.run import EDITIONS
 
-REFERENCE_SIZE = (256, 512)  # (H, W), for which the first solution's steps are given
+REFERENCE_SIZE = (256, 512)  # (H, W), for which the solutions' steps are given
 
 MOVED = (Targets.IMAGE, Targets.MASK)
 
@@ -35,6 +35,8 @@ Range = tuple[float, float]
 Pixels = tuple[int, int]
 Length = Annotated[int, Field(ge=0)]
 Factor = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Slant = Annotated[float, Field(gt=-90, lt=90)]
 
 
 def _rising(values: tuple) -> tuple:
@@ -126,6 +128,11 @@ def _normal_table() -> np.ndarray:
     return np.array([*lower, *(-value for value in reversed(lower))], dtype=np.float32)
 
 
+def _words(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    words = generator.bit_generator.random_raw(-(-prod(shape) // 4))
+    return words.view(np.uint16)[: prod(shape)].reshape(shape)
+
+
 class _Lightness(A.ImageOnlyTransform):
     """Changes L of CIE-LAB alone, which OpenCV stores as 0 to 255; the colour stays."""
 
@@ -160,9 +167,7 @@ class LabNoise(_Lightness):
 
     def get_params_dependent_on_data(self, params, data):
         """Draw n: (H, W) float32."""
-        height, width = params["shape"][:2]
-        words = self.random_generator.bit_generator.random_raw(-(-height * width // 4))
-        draws = words.view(np.uint16)[: height * width].reshape(height, width)
+        draws = _words(self.random_generator, params["shape"][:2])
         return {"noise": _normal_table().take(draws, mode="clip")}
 
     def changed(self, lightness, noise, **params):
@@ -414,15 +419,15 @@ class MaskDeletion(A.DualTransform):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the first solution's augmentation.
+    """One step of a solution's augmentation.
 
     Attributes:
-        name: as in Table 3.1.
+        name: as in Table 3.1 or 4.1.
         probability: that an image undergoes it.
         transform: its class.
         described: its parameters as the report gives them, at (256, 512); None: not there.
         shipped: the same as the code has them.
-        group: of the steps of a group at most one is taken.
+        group: of the steps of a group at most one is taken, in the second solution at most two.
     """
 
     name: str
@@ -476,15 +481,25 @@ def first_place(size: tuple[int, int], edition: str = "as_described") -> A.Compo
     Raises:
         ValueError: an unknown edition.
     """
+    # Within a group the probabilities are weights.
+    return _composed(FIRST_PLACE, size, edition, lambda steps: A.OneOf(steps, p=sum(s.p for s in steps)))
+
+
+def _composed(
+    table: Sequence[Step],
+    size: tuple[int, int],
+    edition: str,
+    joined: Callable[[list[A.BasicTransform]], A.BaseCompose],
+) -> A.Compose:
+    """Return an edition's pipeline of a table, the steps of a group joined."""
     if edition not in EDITIONS:
         raise ValueError(f"edition = {edition!r}: choose one of {EDITIONS}")
     field = edition.removeprefix("as_")
-    steps = [step for step in FIRST_PLACE if getattr(step, field) is not None]
+    steps = [step for step in table if getattr(step, field) is not None]
     pipeline = []
     for _, group in groupby(steps, lambda step: step.group or step.name):
         made = [step.transform(**_at_size(getattr(step, field), size), p=step.probability) for step in group]
-        # Within a group the probabilities are weights.
-        pipeline += made if len(made) == 1 else [A.OneOf(made, p=sum(step.p for step in made))]
+        pipeline += made if len(made) == 1 else [joined(made)]
     return A.Compose(pipeline, strict=True)
 
 
@@ -497,4 +512,391 @@ def _at_size(parameters: Mapping[str, object], size: tuple[int, int]) -> dict[st
     if "sigma" in fitted:
         # As if noise of that strength at (256, 512) had been averaged over the pixels that fall together.
         fitted["sigma"] *= sqrt(prod(size) / prod(REFERENCE_SIZE))
+    if "sigmas" in fitted:
+        share = sqrt(prod(size) / prod(REFERENCE_SIZE))
+        fitted["sigmas"] = tuple(sigma * share for sigma in fitted["sigmas"])
+    if "sigma_limit" in fitted:  # of a blur, in pixels
+        share = size[1] / REFERENCE_SIZE[1]
+        fitted["sigma_limit"] = tuple(sigma * share for sigma in fitted["sigma_limit"])
+        # A kernel that is too small at one size reaches as far at another; it never gets smaller than given.
+        fitted["blur_limit"] = tuple(max(k, 2 * round(share * (k // 2)) + 1) for k in fitted["blur_limit"])
     return fitted
+
+
+class ToGray(A.ImageOnlyTransform):
+    """The luminance in all three channels (section 4.1.3).
+
+    Args:
+        bgr: take red for blue and blue for red, as who gives (B, G, R) to a function for (R, G, B).
+        p: probability.
+    """
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        """What the arguments must be."""
+
+        bgr: bool
+
+    def __init__(self, bgr: bool = False, p: float = 0.5):
+        super().__init__(p=p)
+        self.bgr = bgr
+
+    def apply(self, img, **params):
+        """Return ``img`` (H, W, 3) RGB in gray."""
+        gray = cv2.cvtColor(img, cv2.COLOR_BGR2GRAY if self.bgr else cv2.COLOR_RGB2GRAY)
+        return cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
+
+
+class _Warp(A.DualTransform):
+    """Moves image and mask alike; bilinear."""
+
+    _targets = MOVED
+
+    def apply(self, img, **params):
+        """Return ``img``, moved."""
+        if img.ndim == 3 and img.shape[2] == 3:
+            # OpenCV moves four channels in half the time of three.
+            four = self.moved(cv2.cvtColor(img, cv2.COLOR_RGB2RGBA), **params)
+            return cv2.cvtColor(four, cv2.COLOR_RGBA2RGB)
+        return self.moved(img, **params)
+
+
+class PerspectiveShrink(_Warp):
+    """The image warped into a quadrilateral within it, and zeros around ("without cropping", Figure 4.5b).
+
+    Each corner moves inward along both axes, each time by another share of the image's side.
+
+    Args:
+        inset: largest share, from 0 to .5 (exclusive); the shares are uniform from 0.
+        crop: as the code had it: the corners are whole pixels, and the quadrilateral's bounding box is cut out
+            and resized to the image's size, so that fewer zeros remain.
+        p: probability.
+    """
+
+    class InitSchema(A.DualTransform.InitSchema):
+        """What the arguments must be."""
+
+        inset: Annotated[float, Field(ge=0, lt=0.5)]
+        crop: bool
+
+    def __init__(self, inset: float = 0.25, crop: bool = False, p: float = 0.5):
+        super().__init__(p=p)
+        self.inset, self.crop = inset, crop
+
+    def get_params_dependent_on_data(self, params, data):
+        """Draw the corners: (4, 2) float32, x and y in pixels, clockwise from the upper left."""
+        (left, right), (top, bottom) = (
+            ([self._near(side), self._near(side)], [self._far(side), self._far(side)])
+            for side in params["shape"][1::-1]
+        )
+        xs, ys = (left[0], right[0], right[1], left[1]), (top[0], top[1], bottom[0], bottom[1])
+        return {"corners": np.array([xs, ys], np.float32).T}
+
+    def _near(self, side: int) -> float:
+        if self.crop:
+            return self.py_random.randint(0, int(side * self.inset))
+        return self.py_random.uniform(0, self.inset * side)
+
+    def _far(self, side: int) -> float:
+        if self.crop:
+            return self.py_random.randint(min(int(side * (1 - self.inset)), side - 1), side - 1)
+        return side - 1 - self._near(side)
+
+    def moved(self, img, corners, **params):
+        """Return ``img`` within the quadrilateral."""
+        height, width = img.shape[:2]
+        if not self.crop:
+            return cv2.warpPerspective(img, _perspective((height, width), corners), (width, height))
+        first = corners.min(axis=0)
+        # The box ends before its last row and column.
+        columns, rows = np.maximum(corners.max(axis=0) - first, 1).astype(int).tolist()
+        cut = cv2.warpPerspective(img, _perspective((height, width), corners - first), (columns, rows))
+        return cv2.resize(cut, (width, height))
+
+
+def _perspective(size: tuple[int, int], corners: np.ndarray) -> np.ndarray:
+    """Return the (3, 3) map of an image's corner pixels, clockwise from the upper left, to (4, 2) corners (x, y)."""
+    bottom, right = (side - 1 for side in size)
+    own = np.float32([(0, 0), (right, 0), (right, bottom), (0, bottom)])
+    return cv2.getPerspectiveTransform(own, corners)
+
+
+class PerspectiveCrop(_Warp):
+    """A quadrilateral of the image, warped to fill it ("with cropping", Figure 4.5c).
+
+    Each corner lies inward of the image's along both axes, each time by another share of the image's side. The
+    shares depend on one strength an image, uniform between its limits.
+
+    Args:
+        strengths: lowest and highest strength.
+        normal: the shares are the sizes of normal draws whose standard deviation is the strength, so that some
+            are larger, as the code had it; else uniform from 0 to the strength.
+        p: probability.
+    """
+
+    class InitSchema(A.DualTransform.InitSchema):
+        """What the arguments must be."""
+
+        strengths: Annotated[tuple[Share, Share], AfterValidator(_rising)]
+        normal: bool
+
+    def __init__(self, strengths: Range = (0.01, 0.1), normal: bool = False, p: float = 0.5):
+        super().__init__(p=p)
+        self.strengths, self.normal = strengths, normal
+
+    def get_params_dependent_on_data(self, params, data):
+        """Draw the corners: (4, 2) float32, x and y in pixels, clockwise from the upper left."""
+        strength = self.py_random.uniform(*self.strengths)
+        draw = self.random_generator.normal if self.normal else self.random_generator.uniform
+        shares = np.abs(draw(0, strength, (4, 2))) % 1
+        outer = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
+        return {"corners": (np.abs(outer - shares) * params["shape"][1::-1]).astype(np.float32)}
+
+    def moved(self, img, corners, **params):
+        """Return what is within the quadrilateral, at the size of its longer sides and then, bicubic, at its own."""
+        height, width = img.shape[:2]
+        top, right, bottom, left = np.linalg.norm(corners - np.roll(corners, -1, axis=0), axis=1)
+        size = max(2, int(left), int(right)), max(2, int(top), int(bottom))
+        back = cv2.invert(_perspective(size, corners))[1]
+        flat = cv2.warpPerspective(img, back, size[::-1])
+        return cv2.resize(flat, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+class RotateShear(_Warp):
+    """Rotation about the centre and shear, in one step; the border is replicated where nothing was (Figure 4.3).
+
+    Args:
+        angles: lowest and highest angle of the rotation, in degrees, clockwise.
+        shears: the same of the shears.
+        both: after the rotation a shear along x and one along y, by angles of their own, so that areas stay;
+            else, as the code had it, before the rotation the upright axis alone is turned by one angle and keeps
+            its length, so that areas shrink by the angle's cosine.
+        p: probability.
+    """
+
+    class InitSchema(A.DualTransform.InitSchema):
+        """What the arguments must be."""
+
+        angles: Annotated[Range, AfterValidator(_rising)]
+        shears: Annotated[tuple[Slant, Slant], AfterValidator(_rising)]
+        both: bool
+
+    def __init__(
+        self, angles: Range = (-15, 15), shears: Range = (-15, 15), both: bool = True, p: float = 0.5
+    ):
+        super().__init__(p=p)
+        self.angles, self.shears, self.both = angles, shears, both
+
+    def get_params(self):
+        """Draw the (2, 2) map of offsets (x, y) from the centre."""
+        turn, *slants = (
+            radians(self.py_random.uniform(*limits))
+            for limits in (self.angles, *[self.shears] * (1 + self.both))
+        )
+        rotation = np.array([[cos(turn), -sin(turn)], [sin(turn), cos(turn)]])
+        if not self.both:
+            return {"linear": rotation @ [[1, -sin(slants[0])], [0, cos(slants[0])]]}
+        along_x, along_y = [[1, tan(slants[0])], [0, 1]], [[1, 0], [tan(slants[1]), 1]]
+        return {"linear": np.array(along_y) @ along_x @ rotation}
+
+    def moved(self, img, linear, **params):
+        """Return ``img``, turned and sheared."""
+        height, width = img.shape[:2]
+        centre = np.array([[(width - 1) / 2], [(height - 1) / 2]])
+        affine = np.hstack([linear, centre - linear @ centre])
+        return cv2.warpAffine(img, affine, (width, height), borderMode=cv2.BORDER_REPLICATE)
+
+
+class GaussianNoise(A.ImageOnlyTransform):
+    """Noise of normal distribution, drawn for each pixel by itself, in whole levels (section 4.1.3).
+
+    Args:
+        sigmas: lowest and highest standard deviation, as a share of the whole range; uniform, one an image.
+        per_channel: probability that the channels have noise of their own; else they share it.
+        p: probability.
+    """
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        """What the arguments must be."""
+
+        sigmas: Annotated[tuple[Share, Share], AfterValidator(_rising)]
+        per_channel: Share
+
+    def __init__(self, sigmas: Range = (0, 0.01), per_channel: float = 0.5, p: float = 0.5):
+        super().__init__(p=p)
+        self.sigmas, self.per_channel = sigmas, per_channel
+
+    def get_params_dependent_on_data(self, params, data):
+        """Draw the noise: (H, W, 1 or 3) int16."""
+        sigma = self.py_random.uniform(*self.sigmas)
+        channels = 3 if self.py_random.random() < self.per_channel else 1
+        levels = np.rint(_normal_table() * (255 * sigma)).astype(np.int16)
+        draws = _words(self.random_generator, (*params["shape"][:2], channels))
+        return {"noise": levels.take(draws, mode="clip")}
+
+    def apply(self, img, noise, **params):
+        """Return ``img`` (H, W, 3) uint8 with noise."""
+        noise = cv2.merge([noise] * 3) if noise.shape[2] == 1 else noise
+        return cv2.add(img, noise, dtype=cv2.CV_8U)
+
+
+class HueSaturation(A.ImageOnlyTransform):
+    """One whole number added to the saturation and, on its scale, to the hue (section 4.1.3).
+
+    With saturation and hue from 0 to 255 both change by v. OpenCV keeps the hue as 0 to 179, so that it changes by
+    180 v / 255 there, cut to a whole number, and around the circle; saturation is cut to 0 to 255.
+
+    Args:
+        values: lowest and highest v, ends included.
+        bgr: take red for blue and blue for red, so that the hue turns the other way.
+        p: probability.
+    """
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        """What the arguments must be."""
+
+        values: Annotated[Pixels, AfterValidator(_rising)]
+        bgr: bool
+
+    def __init__(self, values: Pixels = (-5, 5), bgr: bool = False, p: float = 0.5):
+        super().__init__(p=p)
+        self.values, self.bgr = values, bgr
+
+    def get_params(self):
+        """Draw v."""
+        return {"value": self.py_random.randint(*self.values)}
+
+    def apply(self, img, value, **params):
+        """Return ``img`` (H, W, 3) uint8 RGB in other colours."""
+        there, back = (
+            (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR) if self.bgr else (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB)
+        )
+        levels = np.arange(256)
+        table = np.stack(
+            [(levels + int(value * 180 / 255)) % 180, np.clip(levels + value, 0, 255), levels], axis=1
+        )
+        return cv2.cvtColor(cv2.LUT(cv2.cvtColor(img, there), table.astype(np.uint8)[None]), back)
+
+
+class PiecewiseAffine(_Warp):
+    """The points of a regular grid moved at random, and what is between them with them (Figure 4.4).
+
+    The grid reaches from border to border. A point moves along both axes by normal draws, a share of the image's
+    side, and stays within the image. Each cell is two triangles, each of which an affine map moves.
+
+    Args:
+        scales: lowest and highest standard deviation of the share; uniform, one an image.
+        grid: points along each side.
+        p: probability.
+    """
+
+    class InitSchema(A.DualTransform.InitSchema):
+        """What the arguments must be."""
+
+        scales: Annotated[tuple[Share, Share], AfterValidator(_rising)]
+        grid: Annotated[int, Field(ge=2)]
+
+    def __init__(self, scales: Range = (0.01, 0.03), grid: int = 4, p: float = 0.5):
+        super().__init__(p=p)
+        self.scales, self.grid = scales, grid
+
+    def get_params_dependent_on_data(self, params, data):
+        """Draw where each point of the grid takes its pixel from: (2, grid, grid) float32, x and y in pixels."""
+        scale, (height, width) = self.py_random.uniform(*self.scales), params["shape"][:2]
+        sides = np.array([[[width]], [[height]]])
+        steps = np.linspace(0, 1, self.grid)
+        shares = np.stack(np.meshgrid(steps, steps))
+        shares += self.random_generator.normal(0, scale, shares.shape)
+        return {"points": np.clip(shares * sides, 0, sides - 1).astype(np.float32)}
+
+    def moved(self, img, points, **params):
+        """Return ``img``, bent."""
+        rows, columns, row_cells, column_cells, fold = _grid(*img.shape[:2], self.grid)
+        # Bilinear between the four points of a cell, and then folded along its diagonal.
+        fourth = points[:, :-1, :-1] - points[:, :-1, 1:] - points[:, 1:, :-1] + points[:, 1:, 1:]
+        x, y = rows @ points @ columns + fold * (row_cells @ fourth @ column_cells)
+        return cv2.remap(img, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+@lru_cache(8)
+def _grid(height: int, width: int, points: int) -> tuple[np.ndarray, ...]:
+    # Of (H, points) and (points, W) each pixel's weights of the grid's lines; of (H, points - 1) and
+    # (points - 1, W) its cell; (H, W) what folds a cell's bilinear map into two affine ones.
+    weights, cells, places = [], [], []
+    for side in (height, width):
+        place = np.arange(side, dtype=np.float32) * ((points - 1) / side)
+        cell = place.astype(int)
+        weights.append(np.maximum(1 - np.abs(place[:, None] - np.arange(points, dtype=np.float32)), 0))
+        cells.append((cell[:, None] == np.arange(points - 1)).astype(np.float32))
+        places.append((place - cell).astype(np.float32))
+    down, right = places[0][:, None], places[1][None]
+    fold = np.minimum(down, right) - down * right
+    return weights[0], weights[1].T.copy(), cells[0], cells[1].T.copy(), fold
+
+
+class SomeOf(A.RandomOrder):
+    """From none to ``n`` of the steps, each number equally likely, in random order."""
+
+    def _get_idx(self):
+        return super()._get_idx()[: self.py_random.randint(0, self.n)]
+
+
+_COLOUR = {"bgr": True}  # the code read (B, G, R) and took it for (R, G, B)
+SECOND_PLACE = (
+    Step("Gray scale transform", 0.5, ToGray, {}, _COLOUR),
+    Step(
+        "Perspective transform without cropping",
+        0.5,
+        PerspectiveShrink,
+        {"inset": 0.25},
+        {"inset": 0.25, "crop": True},
+    ),
+    Step(
+        "Random rotation and shear",
+        1,
+        RotateShear,
+        {"angles": (-15, 15), "shears": (-15, 15)},
+        {"angles": (-15, 15), "shears": (-15, 15), "both": False},
+    ),
+    *(
+        Step(name, 0.2, transform, described, {**described, **shipped}, "Some")
+        for name, transform, described, shipped in (
+            ("Gaussian noise", GaussianNoise, {"sigmas": (0, 0.01), "per_channel": 0.5}, {}),
+            ("Gaussian blur", A.GaussianBlur, {"blur_limit": (5, 5), "sigma_limit": (0, 1.5)}, {}),
+            ("Hue and saturation addition", HueSaturation, {"values": (-5, 5)}, _COLOUR),
+            ("Piecewise affine transformation", PiecewiseAffine, {"scales": (0.01, 0.03), "grid": 4}, {}),
+            (
+                "Perspective transform with cropping",
+                PerspectiveCrop,
+                {"strengths": (0.01, 0.1)},
+                {"normal": True},
+            ),
+        )
+    ),
+)
+
+
+def second_place(size: tuple[int, int], edition: str = "as_described") -> A.Compose:
+    """Return the second solution's augmentation: Table 4.1 in the order of its code.
+
+    Of the last five steps an image undergoes none, one or two, equally likely, in random order. The mirrored whales
+    are the data set's.
+
+    Args:
+        size: (H, W) of the images, in pixels. What is given for (256, 512) is fitted to it: noise, as in
+            ``first_place``, and the blur, by the width.
+        edition: "as_described" in the report or "as_shipped" in the code; ``SECOND_PLACE`` shows both. Images are
+            RGB in both: where the code took blue for red, so do the steps.
+
+    Returns:
+        A pipeline for ``image`` (H, W, 3) uint8 RGB, to be used with ``augmented``.
+
+    Raises:
+        ValueError: an unknown edition.
+    """
+    return _composed(SECOND_PLACE, size, edition, _some)
+
+
+def _some(steps: list[A.BasicTransform]) -> A.BaseCompose:
+    for step in steps:
+        step.p = 1  # once chosen
+    return SomeOf(steps, n=2)
