@@ -15,6 +15,7 @@ from whalelib import augment
 from whalelib.data import NEW_WHALE, open_catalog
 from whalelib.data.photographs import Photographs
 from whalelib.identify import (
+    blend,
     choose_threshold,
     class_balance,
     confidence_of,
@@ -25,10 +26,13 @@ from whalelib.identify import (
     mean_cosines,
     pseudo_label_precision,
     pseudo_labels,
+    rank_vote,
     threshold_curve,
     top5,
+    top_probabilities,
 )
 from whalelib.metrics import average_precision_at_k, map_at_k
+from whalelib.report import recompute, table
 
 SET = os.environ.get("WHALE_REFERENCE", "")
 ORACLES = sorted((Path(SET) / "oracle").glob("*.npz")) if SET else []
@@ -466,3 +470,142 @@ def test_mean_cosines():
     gallery = np.array([[1, 0], [0.6, 0.8], [0, 1]])
     found = mean_cosines(rows[:3], ["a", "b", NEW_WHALE], gallery, ["a", "a", "c"])
     assert found == {"same whale": pytest.approx(0.8), "other whale": pytest.approx(0.45)}
+
+
+def naive_blend(files, weights, new):
+    """The second solution's rule with dictionaries, one file, photograph and identity after the other."""
+    votes = {}
+    for file, weight in zip(files, weights, strict=True):
+        for image in dict.fromkeys(file["image"]):
+            score = votes.setdefault(image, {})
+            for row in file[file["image"] == image].itertuples():
+                score[row.identity] = score.get(row.identity, 0) + weight * row.probability
+            score[NEW_WHALE] = score.get(NEW_WHALE, 0) + weight * new
+    return {image: sorted(score.items(), key=lambda item: -item[1])[:5] for image, score in votes.items()}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_blend_equals_adding_up_by_hand(data):
+    photographs, whales = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
+    images, identities = [f"{i}.jpg" for i in range(photographs)], [f"w_{i}" for i in range(whales)]
+    files, weights = [], data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=6))
+    for _ in weights:
+        # Probabilities of few digits are often equal, and sums of eighths are exact.
+        eighths = hnp.arrays(np.int64, (photographs, whales), elements=st.integers(0, 8))
+        files.append(top_probabilities(data.draw(eighths) / 8, identities, images))
+    files[-1] = files[-1].iloc[::-1] if len(files) > 1 else files[-1]
+    guesses, scores = blend(files, weights, new=0.125)
+    expected = naive_blend(files, weights, 0.125)
+    for image, names, found in zip(images, guesses, scores, strict=True):
+        wanted = expected[image]
+        assert [name for name in names if name is not None] == [name for name, _ in wanted]
+        assert found[: len(wanted)].tolist() == [score for _, score in wanted]
+        assert np.isnan(found[len(wanted) :]).all() and len(wanted) == min(5, len({*names} - {None}))
+
+
+def test_blend_of_twenty_files_of_many_whales():
+    generator = np.random.default_rng(0)
+    images, identities = [f"{i}.jpg" for i in range(40)], [f"w_{i}" for i in range(300)]
+    files = [
+        top_probabilities(generator.random((40, 300)) ** 20, identities, images[:: 1 - 2 * (i % 2)])
+        for i in range(20)
+    ]
+    weights = [1, 2] * 10
+    guesses, scores = blend(files, weights)
+    expected = naive_blend(files, weights, 0.185)
+    for image, names, found in zip(images, guesses, scores, strict=True):
+        assert list(names) == [name for name, _ in expected[image]]
+        assert found == pytest.approx([score for _, score in expected[image]], abs=1e-12)
+    assert (guesses == NEW_WHALE).any() and (guesses[:, 0] != NEW_WHALE).any()
+
+
+def test_blend_knows_nothing_of_what_a_file_leaves_out():
+    images = ["a.jpg"]
+    one = top_probabilities(np.array([[0.5, 0.4]]), ["x", "y"], images, count=1)
+    other = top_probabilities(np.array([[0.3, 0.35]]), ["x", "y"], images, count=1)
+    guesses, scores = blend([one, other], [1, 2], new=0.1)
+    assert guesses.tolist() == [
+        ["y", "x", NEW_WHALE, None, None]
+    ]  # y is 0 in the first file, x in the second
+    assert scores[0, :3].tolist() == pytest.approx([0.7, 0.5, 0.3])
+
+
+def test_top_probabilities_by_hand():
+    found = top_probabilities(np.array([[0.2, 0.9, 0.2], [0, 0.1, 1]]), ["x", "y", "z"], ["b", "a"], count=2)
+    assert found.to_numpy().tolist() == [["b", "y", 0.9], ["b", "x", 0.2], ["a", "z", 1], ["a", "y", 0.1]]
+    assert len(top_probabilities(np.ones((2, 9)), list("abcdefghi"), ["b", "a"])) == 10
+    for problem, arguments in {
+        "2 photographs, 1 names": (np.ones((2, 3)), "xyz", ["a"]),
+        "a is named twice": (np.ones((2, 3)), "xyz", ["a", "a"]),
+        "for 2 identities": (np.ones((1, 3)), "xy", ["a"]),
+        "not finite": (np.full((1, 3), np.nan), "xyz", ["a"]),
+        "new_whale is no identity": (np.ones((1, 2)), ["x", NEW_WHALE], ["a"]),
+    }.items():
+        with pytest.raises(ValueError, match=problem):
+            top_probabilities(arguments[0], list(arguments[1]), arguments[2])
+
+
+def test_blend_refuses_files_that_do_not_fit():
+    file = top_probabilities(np.array([[0.5, 0.4], [0.1, 0.2]]), ["x", "y"], ["a", "b"])
+    for problem, files, weights in (
+        ("1 files, 2 weights", [file], [1, 2]),
+        ("0 files, 0 weights", [], []),
+        ("from 0 up", [file], [-1]),
+        ("from 0 up", [file], [np.nan]),
+        ("file 1: not the photographs", [file, file[:2]], [1, 1]),
+        ("file 1: not the photographs", [file[:2], file], [1, 1]),
+        ("file 0: new_whale, or an identity twice", [file.replace("y", "x")], [1]),
+        ("file 0: new_whale, or an identity twice", [file.replace("y", NEW_WHALE)], [1]),
+        ("file 1: probabilities below 0", [file, file.assign(probability=-0.1)], [1, 1]),
+        ("file 0: probabilities below 0", [file.assign(probability=np.nan)], [1]),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            blend(files, weights)
+    with pytest.raises(ValueError, match="new = nan"):
+        blend([file], [1], new=np.nan)
+
+
+@given(st.data())
+def test_rank_vote_equals_counting_by_hand(data):
+    labels = st.lists(
+        st.sampled_from(["v", "w", "x", "y", "z", NEW_WHALE]), min_size=5, max_size=5, unique=True
+    )
+    submissions = data.draw(st.lists(st.tuples(labels, labels), min_size=1, max_size=5))
+    weights = [1 + i % 2 for i in range(len(submissions))]
+    found = rank_vote(submissions, weights, points=(8, 4, 2))
+    for row in range(2):
+        votes = {}
+        for submission, weight in zip(submissions, weights, strict=True):
+            for point, label in zip((8, 4, 2), submission[row], strict=False):
+                votes[label] = votes.get(label, 0) + weight * point
+        expected = sorted(votes, key=lambda label: -votes[label])[:5]
+        assert [label for label in found[row] if label is not None] == expected
+
+
+def test_rank_vote_by_default_and_with_gaps():
+    one, two = [["a", "b", None, None, None]], [["b", "a", "c", None, None]]
+    assert rank_vote([one, two], [1, 1]).tolist() == [
+        ["a", "b", "c", None, None]
+    ]  # a and b are equal: a came first
+    assert rank_vote([one, two], [1, 2]).tolist() == [["b", "a", "c", None, None]]
+    for problem, guesses, weights in (
+        ("2 submissions, 1 weights", [one, two], [1]),
+        ("0 submissions", [], []),
+        ("shapes", [one, [*two, *two]], [1, 1]),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            rank_vote(guesses, weights)
+
+
+@pytest.mark.skipif(not SET, reason="WHALE_REFERENCE is not set")
+def test_vote_of_the_ten_real_submissions_is_the_real_ensembles():
+    reference = Path(SET) / "reference"
+    models = table("4.2")
+    names = recompute.chapter4.MODELS[models["Model"]]
+    singles = [recompute.second_place_guesses(reference, name)[1] for name in names]
+    _, ensemble = recompute.second_place_guesses(reference, "ensemble")
+    first = rank_vote(singles, models["Weight"])[:, 0] == ensemble[:, 0]
+    assert first.mean() >= 0.994
+    # No single submission comes near.
+    assert max((single[:, 0] == ensemble[:, 0]).mean() for single in singles) < 0.984

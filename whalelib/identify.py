@@ -3,7 +3,7 @@
 Sections 1 and 5.4 of the report. Whatever the network, this is how the course names a whale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -372,6 +372,127 @@ def pseudo_label_precision(
     return pd.DataFrame(rows, columns=["confidence", "labels", "right", "precision", "low", "high"])
 
 
+def top_probabilities(probability: np.ndarray, identities, images, count: int = GUESSES) -> pd.DataFrame:
+    """Keep each photograph's most probable identities: a file of the second solution's ensemble (section 4.4).
+
+    Args:
+        probability: (Q, C).
+        identities: (C,), without ``new_whale``.
+        images: (Q,) names of the photographs, each once.
+        count: of identities to keep a photograph.
+
+    Returns:
+        Columns image, identity, probability; ``count`` rows a photograph (C if that is less), the most probable first,
+        in the order of the photographs. Of equals the first identity comes first.
+
+    Raises:
+        ValueError: lengths differ, no identities, a name twice, or a probability that is not finite.
+    """
+    images = pd.Index(images)
+    if len(images) != len(probability):
+        raise ValueError(f"probabilities of {len(probability)} photographs, {len(images)} names")
+    if images.has_duplicates:
+        raise ValueError(f"{images[images.duplicated()][0]} is named twice")
+    best, place = _nearest(probability, identities, count)
+    names = np.asarray(identities, dtype=object)[place]
+    found = {"image": images.repeat(place.shape[1]), "identity": names.ravel(), "probability": best.ravel()}
+    return pd.DataFrame(found)
+
+
+def blend(
+    files: Sequence[pd.DataFrame], weights: Sequence[float], new: float = 0.185
+) -> tuple[np.ndarray, np.ndarray]:
+    """Add up the weighted probabilities of several models' files, as the second solution does (section 4.4).
+
+    An identity that a file leaves out has probability 0 there. ``new_whale`` gets ``new`` in every file, with the
+    file's weight; the report has neither this rule nor the number.
+
+    Args:
+        files: each as ``top_probabilities`` returns it, one a model and view, with the same photographs.
+        weights: one a file.
+        new: probability of ``new_whale``.
+
+    Returns:
+        (Q, 5) guesses, objects: str, best first, and (Q, 5) float64 weighted sums, in the order of the first file's
+        photographs. Of equals the identity that the files name first comes first. Where the files name fewer than
+        four identities of a photograph, None and NaN fill the row.
+
+    Raises:
+        ValueError: not one weight a file, no file, a weight, ``new`` or a probability below 0 or not finite, other
+            photographs than the first file's, or an identity twice for a photograph, or ``new_whale``, in a file.
+    """
+    if len(files) != len(weights) or not files:
+        raise ValueError(f"{len(files)} files, {len(weights)} weights")
+    if not (np.isfinite([new, *weights]).all() and min(new, *weights) >= 0):
+        raise ValueError(f"new = {new}, weights {list(weights)}: give numbers from 0 up")
+    images, ballots = pd.Index(files[0]["image"].unique()), []
+    for number, (file, weight) in enumerate(zip(files, weights, strict=True)):
+        rows = images.get_indexer(file["image"])
+        if (rows < 0).any() or len(np.unique(rows)) < len(images):
+            raise ValueError(f"file {number}: not the photographs of file 0")
+        if file.duplicated(["image", "identity"]).any() or (file["identity"] == NEW_WHALE).any():
+            raise ValueError(f"file {number}: {NEW_WHALE}, or an identity twice for one photograph")
+        share = file["probability"].to_numpy(dtype=float)
+        if not (np.isfinite(share) & (share >= 0)).all():
+            raise ValueError(f"file {number}: probabilities below 0 or not finite")
+        ballots.append((rows, file["identity"].to_numpy(dtype=object), weight * share))
+        everyone = np.arange(len(images))
+        ballots.append(
+            (everyone, np.full(len(images), NEW_WHALE, dtype=object), np.full(len(images), weight * new))
+        )
+    return _tally(*(np.concatenate(parts) for parts in zip(*ballots, strict=True)), len(images))
+
+
+def rank_vote(
+    guesses: Sequence[np.ndarray],
+    weights: Sequence[float],
+    points: Sequence[float] = (1, 1 / 2, 1 / 3, 1 / 4, 1 / 5),
+) -> np.ndarray:
+    """Let submissions vote by the rank of their guesses, where their probabilities are not at hand.
+
+    Args:
+        guesses: each submission's (Q, 5) labels, best first, for the same photographs in the same order; None is no
+            guess.
+        weights: one a submission.
+        points: of each rank, the first first; ranks beyond have none. By default what a right guess there is worth in
+            MAP@5.
+
+    Returns:
+        (Q, 5) guesses, objects: the labels with most points, ``new_whale`` as one of them. Of equals the label that the
+        submissions name first comes first; None where there are fewer than five.
+
+    Raises:
+        ValueError: not one weight a submission, no submission, or shapes that differ.
+    """
+    guesses = [np.asarray(part, dtype=object) for part in guesses]
+    if len(guesses) != len(weights) or not guesses:
+        raise ValueError(f"{len(guesses)} submissions, {len(weights)} weights")
+    if len({part.shape for part in guesses}) > 1 or guesses[0].ndim != 2:
+        raise ValueError(f"submissions of shapes {[part.shape for part in guesses]}")
+    votes = np.array([part[:, : len(points)] for part in guesses], dtype=object)
+    submission, row, rank = np.nonzero(~pd.isna(votes))
+    worth = np.asarray(weights, dtype=float)[submission] * np.asarray(points, dtype=float)[rank]
+    return _tally(row, votes[submission, row, rank], worth, votes.shape[1])[0]
+
+
+def _tally(
+    rows: np.ndarray, labels: np.ndarray, votes: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each row's five labels with most votes, and these; of equals the one voted for first."""
+    codes, names = pd.factorize(labels)
+    key, first, place = np.unique(rows * len(names) + codes, return_index=True, return_inverse=True)
+    total = np.bincount(place.ravel(), votes)
+    row = key // max(len(names), 1)
+    order = np.lexsort((first, -total, row))
+    row = row[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    kept = rank < GUESSES
+    guesses, scores = np.full((count, GUESSES), None, dtype=object), np.full((count, GUESSES), np.nan)
+    guesses[row[kept], rank[kept]] = np.asarray(names, dtype=object)[key[order][kept] % max(len(names), 1)]
+    scores[row[kept], rank[kept]] = total[order][kept]
+    return guesses, scores
+
+
 def hold_out(
     catalog: "Catalog", share: float = 0.1, new: float = 1.0, seed: int = 0
 ) -> tuple["Catalog", "Catalog"]:
@@ -399,14 +520,14 @@ def hold_out(
     return catalog.where(~held), catalog.where(held)
 
 
-def _nearest(similarity: np.ndarray, identities) -> tuple[np.ndarray, np.ndarray]:
-    """Return the similarities (Q, k) float64 and places (Q, k) of each query's nearest k <= 5 identities."""
+def _nearest(similarity: np.ndarray, identities, count: int = GUESSES) -> tuple[np.ndarray, np.ndarray]:
+    """Return the similarities (Q, k) float64 and places (Q, k) of each query's nearest k <= count identities."""
     similarity = np.asarray(similarity)
     if similarity.ndim != 2 or similarity.shape[1] != len(identities) or not len(identities):
         raise ValueError(f"similarity of shape {similarity.shape} for {len(identities)} identities")
     if NEW_WHALE in set(identities):
         raise ValueError(f"{NEW_WHALE} is no identity: the threshold places it")
-    count = min(GUESSES, len(identities))
+    count = min(count, len(identities))
     place = np.empty((len(similarity), count), dtype=np.int64)
     nearest = np.empty((len(similarity), count))
     for start in range(0, len(similarity), 1024):
