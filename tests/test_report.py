@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from whalelib import report
 from whalelib.data.world.photograph import SPECIALS
-from whalelib.report import chapter2, chapter3
+from whalelib.report import chapter2, chapter3, chapter4
 
 ROOT = Path(__file__).parent.parent
 TABLES = [
@@ -251,7 +251,7 @@ def test_data_files_are_small():
     files = [
         path for part in (folder, folder / "tables") for path in part.iterdir() if path.name.endswith(".csv")
     ]
-    assert len(files) == 30
+    assert len(files) == 36
     for path in files:
         assert len(path.read_bytes()) < 30_000, path.name
 
@@ -400,3 +400,224 @@ def test_chapter_3_facts():
     assert facts["extra photographs"] == 1774 and facts["whales of the extra photographs"] == 792
     assert f"{facts['share of new_whale first, First']:.1%}" == "45.3%"
     assert f"{facts['share of new_whale first, Second']:.1%}" == "44.1%"
+
+
+BEGUN = """\
+\t__file__     = main.py
+\tout_dir      = ./models/x
+
+\t<additional comments>
+\t  ... xxx baseline  ...\x20
+
+** dataset setting **
+batch_size = 64
+train_dataset :\x20
+<process.data.WhaleDataset object at 0x7f9a>
+change hard_ratio: 0.01
+"""
+
+
+def second_row(iteration, epoch, map5="0.943", time="30 hr 58 min", name="", top1="0.917"):
+    return (
+        f"{name}0.0000100 {iteration:5.1f} {epoch:6.1f} | 0.360  {top1}  0.002  ({map5})   | "
+        f"0.418  0.001  0.969  (1.000)  | {time}\n"
+    )
+
+
+def test_a_log_of_the_second_solution_is_read_line_by_line():
+    text = BEGUN.replace("64", "20") + second_row(0, 0, "0.000", " 0 hr 00 min", top1="0.000")
+    text += BEGUN + second_row(0, 0, "0.000", " 0 hr 00 min", top1="0.000")
+    text += second_row(100, 0, "0.000", " 0 hr 02 min") + "save max valid!!!!!! : 0.5\n"
+    text += "change hard_ratio: 0.007\n" + second_row(200, 1, "0.500", " 1 hr 04 min")
+    text += "save max valid!!!!!! : 0.75\n"
+    logs = chapter4.read_log(text, "7")
+    assert logs.starts[["batch", "rows"]].to_numpy().tolist() == [[20, 1], [64, 3]]
+    assert logs.rows["iteration"].tolist() == [0, 0, 100, 200] and logs.rows["start"].tolist() == [1, 2, 2, 2]
+    assert logs.rows["hard_ratio"].tolist() == [0.01, 0.01, 0.01, 0.007]
+    row = logs.rows.iloc[-1]
+    names = ["valid_loss", "valid_top1", "valid_fifth", "valid_map5", "batch_loss", "batch_margin"]
+    assert row[names].tolist() == [0.36, 0.917, 0.002, 0.5, 0.418, 0.001]
+    assert row[["batch_new", "batch_known", "minutes", "epoch", "rate"]].tolist() == [0.969, 1, 64, 1, 1e-5]
+    assert text.splitlines()[row["line"] - 1].endswith(" 1 hr 04 min")
+    assert logs.bests["map5"].tolist() == [0.5, 0.75] and logs.views.empty
+    assert logs.bests.loc[0, chapter4.SPAN].tolist() == [100, 200, 2, 64]
+    assert logs.bests.loc[1, "after"] == 200 and np.isnan(logs.bests.loc[1, "until"])
+
+
+def screen(*validations):
+    """A terminal's output: layers, warnings, and validations (MAP@5 and threshold of both views) with a row each."""
+    text = "Namespace(batch_size=32, focal_w=1.0)\nDataParallel(\n  (0): Bottleneck(\nchange lr: 0.0001\n"
+    text += "change hard_ratio: 0.01\n" + second_row(0, 0, "0.000", name="x_fold0 ", top1="0.000")
+    best = 0
+    for number, (plain, flipped) in enumerate(validations, start=1):
+        mean = (plain + flipped) / 2
+        text += f"{plain} 0.2\n\n{flipped} 0.22\n"
+        if mean > best:
+            text, best = text + f"save max valid!!!!!! : {mean}\n", mean
+        text += second_row(10 * number, 0, f"{mean:.3f}", name="x_fold0 ", top1=f"0.8{number:02}")
+    return text
+
+
+def test_the_terminals_output_gives_both_views():
+    logs = chapter4.read_log(screen((0.5, 0.75), (0.25, 0.75)), "screen-7")
+    assert logs.starts["batch"].tolist() == [32] and len(logs.rows) == 3
+    assert logs.views[["plain", "plain_threshold", "flipped", "flipped_threshold"]].to_numpy().tolist() == [
+        [0.5, 0.2, 0.75, 0.22],
+        [0.25, 0.2, 0.75, 0.22],
+    ]
+    assert logs.views["until"].tolist() == [10, 20] and logs.bests["until"].tolist() == [10]
+
+
+@pytest.mark.parametrize(
+    ("log", "text", "told"),
+    [
+        ("7", BEGUN + "Traceback (most recent call last):\n", "line 12: Traceback"),
+        ("7", BEGUN + "0.93 0.2\n", "line 12: 0.93 0.2"),
+        ("7", second_row(0, 0) + BEGUN, "line 1: 0.0000100"),
+        ("7", BEGUN + second_row(0, 0, "nan"), "line 12: 0.0000100"),
+        ("screen-7", "change hard_ratio: 0.01\n" + screen((1.0, 1.0)), "line 1: change"),
+        (
+            "screen-7",
+            screen((0.5, 0.75)).replace("save max valid!!!!!! : 0", "save max valid : nan"),
+            "save max",
+        ),
+        ("screen-7", screen((0.5, 0.75)).replace("0.75 0.22\n", ""), "a validation of one view only"),
+        ("screen-7", screen((0.5, 0.75))[:-8] + "\n", "1 lines that cannot be read"),
+    ],
+)
+def test_a_log_of_the_second_solution_with_odd_lines_is_refused(log, text, told):
+    with pytest.raises(ValueError, match=f"log {log}: ") as refused:
+        chapter4.read_log(text, log)
+    assert told in str(refused.value)
+
+
+def test_an_empty_log_of_the_second_solution_has_no_rows():
+    for log in ("7", "screen-7"):
+        logs = chapter4.read_log("", log)
+        assert [list(part) for part in logs] == [
+            chapter4.STARTS,
+            chapter4.ROWS,
+            chapter4.BESTS,
+            chapter4.VIEWS,
+        ]
+        assert not any(map(len, logs)) and not any(map(len, chapter4.join([logs, logs])))
+
+
+def made_logs(top1_of_row="0.885"):
+    """Logs of all ten models: (a) with a terminal's output, (b) with another validation in between, the others sure."""
+    logs = []
+    for model, log in chapter4.MODELS.items():
+        text = (
+            BEGUN
+            + second_row(0, 0, "0.000", " 0 hr 00 min", top1="0.000")
+            + "save max valid!!!!!! : 0.9345\n"
+        )
+        logs.append(
+            chapter4.read_log(
+                text
+                + second_row(100, 1, "0.930" if model == "b" else "0.934", "1 hr 15 min", top1=top1_of_row),
+                log,
+            )
+        )
+    return [*logs, chapter4.read_log(screen((0.9, 0.96), (0.5, 0.5)), "screen-" + chapter4.MODELS["a"])]
+
+
+def test_table_4_3_takes_no_row_that_may_be_another_validations():
+    logs = chapter4.join(made_logs())
+    found = chapter4.checkpoints(logs).set_index("Model")
+    assert found["found"].tolist() == ["yes", "no", *["likely"] * 8]
+    assert found.loc["a", ["map5", "top1", "plain", "flipped", "until"]].tolist() == [
+        0.93,
+        0.801,
+        0.9,
+        0.96,
+        10,
+    ]
+    assert np.isnan(found.loc["b", "top1"]) and np.isnan(found.loc["c", "plain"])
+    table = chapter4.table_4_3(logs)
+    assert list(table) == list(report.table("4.3")) and table["Batch size"].tolist() == [32, *[64] * 9]
+    cells = chapter4.cells(report.table("4.3"), table).set_index(["row", "column"])
+    assert cells.loc[("b", "Top@1"), "verdict"] == "not checkable"
+    assert cells.loc[("c", "Top@1"), ["derived", "verdict"]].tolist() == [0.885, "equal"]
+    assert cells.loc[("c", "MAP@5"), ["printed", "derived", "verdict"]].tolist() == [
+        0.926,
+        0.934,
+        "different",
+    ]
+    with pytest.raises(ValueError, match="different rows or columns"):
+        chapter4.cells(report.table("4.3"), table[:5])
+
+
+def test_hours_are_rounded_as_printed():
+    times = [chapter4.half_hours(minutes) for minutes in (0, 14, 16, 44, 46, 1858, 881, 2248)]
+    assert times == ["0h00", "0h00", "0h30", "0h30", "1h00", "31h00", "14h30", "37h30"]
+
+
+def test_a_schedule_that_differs_between_logs_is_refused():
+    rows = pd.DataFrame(
+        {"log": ["x", "x", "y", "y"], "epoch": [0, 1, 0, 1], "rate": [1, 2, 1, 2], "hard_ratio": 0.1}
+    )
+    assert chapter4.schedule(rows).to_numpy().tolist() == [[0, 0, 1, 0.1, 2], [1, 1, 2, 0.1, 2]]
+    with pytest.raises(ValueError, match="differ in epoch 1"):
+        chapter4.schedule(rows.assign(rate=[1, 2, 1, 3]))
+
+
+def test_schedule_of_the_second_solutions_training():
+    schedule = report.second_place_schedule()
+    assert schedule[["from", "to"]].to_numpy().ravel().tolist() == [0, 3, 4, 8, 9, 38, 39, 48, 49, 58, 59, 99]
+    assert schedule["rate"].max() == 3e-4 and schedule["rate"].iloc[-1] == 1e-5
+    assert (10008 * schedule["hard_ratio"]).astype(int).tolist() == [100, 100, 70, 60, 50, 40]
+    assert (schedule["logs"] == 18).all()
+
+
+def test_checkpoints_of_the_second_solutions_training():
+    found, printed = report.second_place_checkpoints(), report.table("4.3")
+    assert found["log"].tolist() == chapter4.MODELS.tolist()
+    assert found["found"].value_counts().to_dict() == {"yes": 8, "likely": 1, "no": 1}
+    assert (found["map5"].round(3) == printed["MAP@5"]).all() and (
+        found["batch"] == printed["Batch size"]
+    ).all()
+    both = (found["plain"] + found["flipped"]) / 2
+    assert (both - found["map5"]).abs().dropna().max() < 2e-6
+    # Without a margin the loss starts near ln(10008) / 10 and more; with it, at about four times that.
+    assert found["first_margin"].between(0.92, 1.06).all()
+    assert found["epoch"].tolist() == [81, 78, 99, 95, 92, 86, 93, 53, 44, 90]
+
+
+def test_curves_of_the_second_solutions_training():
+    curves, best = report.second_place_curves(), report.second_place_checkpoints()
+    assert len(curves) == 1000 and not curves.duplicated(["Model", "epoch"]).any()
+    assert (curves["map5"].isna() == (curves["epoch"] == 0)).all()
+    assert (curves.groupby("Model")["map5"].max() <= best.set_index("Model")["map5"].round(3)).all()
+    # The best of hundreds of validations is luck in part: it is higher than where the training ends.
+    assert (best["map5"] > best["last"]).all()
+
+
+def test_submissions_with_the_second_solution():
+    submissions = report.second_place_submissions().set_index("submission")
+    assert submissions.index.tolist() == [
+        *chapter4.MODELS,
+        "resnet101",
+        "seresnet101",
+        "seresnext101",
+        "ensemble",
+    ]
+    assert submissions.loc["ensemble", ["whales", "agreement"]].tolist() == [4064, 1]
+    singles = submissions.loc[chapter4.MODELS, "agreement"]
+    assert singles.idxmin() == chapter4.MODELS["h"] and singles.between(0.901, 0.983).all()
+    quoted = report.published_submissions()
+    assert set(quoted["submission"]) <= {*submissions.index, "256x512", "pseudo.512x512"}
+    ours = (
+        quoted[quoted["by"] == "report's authors"]
+        .set_index("submission")
+        .loc["ensemble", ["public", "private"]]
+    )
+    assert ours.tolist() == report.table("4.4").loc[1, ["Public", "Private"]].tolist()
+
+
+def test_chapter_4_facts():
+    facts = report.chapter4_facts()
+    assert facts["pseudo labels"] == 1505 and facts["pseudo labels of new_whale"] == 0
+    assert facts["published leaks with a pseudo label"] == facts["of these, with the leaked label"] == 135
+    assert facts["agreement of the vote by 1 / rank"] >= 0.994
+    assert f"{facts['pseudo labels'] / 7960:.0%}" == "19%"

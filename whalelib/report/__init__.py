@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from whalelib.report import chapter2, chapter3, recompute
+from whalelib.report import chapter2, chapter3, chapter4, recompute
 
 __all__ = [
     "INDEX",
@@ -22,6 +22,8 @@ __all__ = [
     "chapter2",
     "chapter3",
     "chapter3_facts",
+    "chapter4",
+    "chapter4_facts",
     "claim_problems",
     "claims",
     "class_sizes",
@@ -37,7 +39,12 @@ __all__ = [
     "image_sizes_rest",
     "provenance",
     "published_runs",
+    "published_submissions",
     "recompute",
+    "second_place_checkpoints",
+    "second_place_curves",
+    "second_place_schedule",
+    "second_place_submissions",
     "table",
 ]
 
@@ -258,13 +265,61 @@ def chapter3_facts() -> pd.Series:
     return _read("chapter3_facts.csv").set_index("fact")["value"]
 
 
+def second_place_checkpoints() -> pd.DataFrame:
+    """What the logs say of each row of Table 4.3: the columns of `chapter4.checkpoints`."""
+    return _read("second_place_checkpoints.csv")
+
+
+def second_place_schedule() -> pd.DataFrame:
+    """Learning rate and hard ratio by epoch, as the logs show them: the columns of `chapter4.schedule`."""
+    return _read("second_place_schedule.csv")
+
+
+def second_place_curves() -> pd.DataFrame:
+    """The curves of the ten models of Table 4.3, one row an epoch: the columns of `chapter4.curves`."""
+    return _read("second_place_curves.csv")
+
+
+def second_place_submissions() -> pd.DataFrame:
+    """What the submissions of the report's authors with the second solution name first, of the 7,960 test photographs.
+
+    Columns submission (a log's name of `chapter4.MODELS`, a backbone, or "ensemble"), new_first (share of photographs
+    where it is `new_whale`), whales (how many different ones are named first), agreement (share where it is what the
+    ensemble names first).
+    """
+    return _read("second_place_submissions.csv")
+
+
+def published_submissions() -> pd.DataFrame:
+    """Leaderboard scores of single models and of ensembles of the second solution, beyond Table 4.4 (section 4.4).
+
+    Columns by ("Shen" or "report's authors"), submission, models, public, private (NaN where it is not told).
+    Quoted from the texts beside the published code and submissions; no leaderboard is at hand to check them. The
+    report's authors give the name "ResNet101 ensemble" twice; the second is taken for SE-ResNeXt-101, as the names of
+    their files have it.
+    """
+    return _read("published_submissions.csv")
+
+
+def chapter4_facts() -> pd.Series:
+    """Numbers behind the text of chapter 4, indexed by fact.
+
+    On the second solution's boxes (section 4.1.2: overlap is intersection over union), pseudo labels (4.2),
+    validation list (Table 4.3), and on how often a vote of the ten models' published guesses by rank, weighted as in
+    Table 4.2, names the same whale first as their ensemble (4.4).
+    """
+    return _read("chapter4_facts.csv").set_index("fact")["value"]
+
+
 def provenance(name: str, reference: Path | None = None) -> str:
     """Where the competition's numbers come from, as a sentence; those derived again are compared.
 
     Args:
-        name: "table 2.1" to "table 2.4", "table 3.2" (as printed, so its errata differ), or a function here and in
-            `recompute`: "facts", "class_sizes", "image_sizes", "diagonals", "contrast_histogram",
-            "bad_photographs", "first_place_starts", "first_place_checkpoints", "first_place_curves", "chapter3_facts".
+        name: "table 2.1" to "table 2.4", "table 3.2", "table 4.3" (as printed, so what the logs say otherwise, or not
+            at all, differs), or a function here and in `recompute`: "facts", "class_sizes", "image_sizes", "diagonals",
+            "contrast_histogram", "bad_photographs", "first_place_starts", "first_place_checkpoints",
+            "first_place_curves", "chapter3_facts", "second_place_checkpoints", "second_place_schedule",
+            "second_place_curves", "second_place_submissions", "chapter4_facts".
         reference: folder with the authors' own files; None where it is not at hand.
     """
     kept = table(name.removeprefix("table ")) if name.startswith("table ") else globals()[name]()
@@ -272,7 +327,7 @@ def provenance(name: str, reference: Path | None = None) -> str:
     if reference is None:
         return f"{title}: quoted as kept in whalelib.report; the authors' files are not at hand."
     derived = getattr(recompute, name.replace(" ", "_").replace(".", "_"))(reference)
-    if name in ("facts", "chapter3_facts"):
+    if name.endswith("facts"):
         derived, kept = derived.set_index("fact"), pd.DataFrame(kept)
         kept = kept[list(derived)]
     if kept.shape != derived.shape:

@@ -2,9 +2,10 @@
 
 Every function takes `reference`, the folder with the authors' counts (`data_analysis/`), labels
 (`competition/`), predictions (`predictions/`, `curation/`), submissions (`submissions/`) and training logs
-(`logs_1st/`). The files are not part of this project; the numbers below are.
+(`logs_1st/`, `logs_2nd/`). The files are not part of this project; the numbers below are.
 """
 
+import functools
 import gzip
 import re
 import zipfile
@@ -15,7 +16,7 @@ import pandas as pd
 
 from whalelib import metrics
 from whalelib.contest import read_submission
-from whalelib.report import chapter2, chapter3
+from whalelib.report import chapter2, chapter3, chapter4
 
 SPLITS = chapter2.SPLITS
 COMMON = 5
@@ -255,6 +256,133 @@ def chapter3_facts(reference: Path) -> pd.DataFrame:
         first = read_submission(folder / f"{file}.csv")["Id"].str.split().str[0]
         rows.append((f"share of new_whale first, {name}", (first == metrics.NEW_WHALE).mean()))
     return pd.DataFrame(rows, columns=["fact", "value"]).astype({"value": float}).round(6)
+
+
+@functools.lru_cache(maxsize=1)
+def second_place_logs(reference: Path) -> chapter4.Logs:
+    """Read all training logs of the second solution, as `chapter4.read_log` reads one. They are read once.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a line that cannot be read.
+    """
+    paths = sorted((Path(reference) / "logs_2nd").glob("*.log.gz"))
+    if not paths:
+        raise FileNotFoundError(f"{Path(reference) / 'logs_2nd'}: no NAME.log.gz")
+    return chapter4.join(
+        [
+            chapter4.read_log(gzip.decompress(path.read_bytes()).decode(), path.name.removesuffix(".log.gz"))
+            for path in paths
+        ]
+    )
+
+
+def table_4_3(reference: Path) -> pd.DataFrame:
+    """Table 4.3 from the training logs; one cell is in none of them."""
+    return chapter4.table_4_3(second_place_logs(reference))
+
+
+def second_place_checkpoints(reference: Path) -> pd.DataFrame:
+    """`chapter4.checkpoints` of the training logs."""
+    return chapter4.checkpoints(second_place_logs(reference))
+
+
+def second_place_schedule(reference: Path) -> pd.DataFrame:
+    """`chapter4.schedule` of the training logs."""
+    return chapter4.schedule(second_place_logs(reference).rows)
+
+
+def second_place_curves(reference: Path) -> pd.DataFrame:
+    """`chapter4.curves` of the training logs."""
+    return chapter4.curves(second_place_logs(reference).rows)
+
+
+def second_place_guesses(reference: Path, submission: str) -> tuple[np.ndarray, np.ndarray]:
+    """The photographs and the (7960, 5) guesses of a submission with the second solution, such as "resnet101"."""
+    name = "2nd_ensemble" if submission == "ensemble" else f"2nd.{submission}"
+    return metrics.parse_predictions(
+        read_submission(Path(reference) / "submissions" / "second" / f"{name}.csv")
+    )
+
+
+def second_place_submissions(reference: Path) -> pd.DataFrame:
+    """The columns of `whalelib.report.second_place_submissions`."""
+    backbones = list(dict.fromkeys(chapter4.MODELS.str.split(".").str[0]))
+    images, ensemble = second_place_guesses(reference, "ensemble")
+    rows = []
+    for submission in [*chapter4.MODELS, *backbones, "ensemble"]:
+        named, guesses = second_place_guesses(reference, submission)
+        if not np.array_equal(named, images):
+            raise ValueError(f"{submission}: other photographs, or in another order, than the ensemble's")
+        first = guesses[:, 0]
+        new = (first == metrics.NEW_WHALE).mean()
+        rows.append(
+            [submission, new, len(set(first) - {metrics.NEW_WHALE}), (first == ensemble[:, 0]).mean()]
+        )
+    return pd.DataFrame(rows, columns=["submission", "new_first", "whales", "agreement"]).round(6)
+
+
+def second_place_pseudo_labels(reference: Path) -> pd.DataFrame:
+    """The second solution's pseudo labels of test photographs: Image, Id."""
+    folder = Path(reference) / "competition" / "second_place_lists"
+    labels = pd.read_csv(folder / "label_list.txt", sep=" ", names=["Id", "number"])
+    found = pd.read_csv(folder / "pseudo_list.txt", sep=" ", names=["Image", "number"])
+    return found.merge(labels, on="number", how="left")[["Image", "Id"]]
+
+
+def chapter4_facts(reference: Path) -> pd.DataFrame:
+    """The numbers of `whalelib.report.chapter4_facts`: fact, value."""
+    folder = Path(reference) / "competition"
+    pseudo, photographs = second_place_pseudo_labels(reference), identities(reference).value_counts()
+    leaks = pd.read_csv(folder / "third_place" / "leaks.csv").merge(
+        pseudo, on="Image", suffixes=("", "_pseudo")
+    )
+    validation = pd.read_csv(folder / "second_place_lists" / "val0.txt", sep=" ", names=["Image", "number"])
+    boxes = [
+        pd.read_csv(folder / f"second_place_boxes_{name}.csv", index_col="Image")
+        for name in ("se50", "se101")
+    ]
+    boxes.append(pd.read_csv(folder / "first_place_boxes.csv", index_col="Image").loc[boxes[0].index])
+    sides = ["x0", "y0", "x1", "y1"]
+    se50, se101, first = (part.loc[boxes[0].index, sides].to_numpy(dtype=float) for part in boxes)
+    mean = np.floor((se50 + se101) / 2)
+    whole = np.array([(box[:, 2:] > box[:, :2]).all(axis=1) for box in (se50, se101, mean, first)]).all(
+        axis=0
+    )
+    both, others = metrics.box_iou(se50[whole], se101[whole]), metrics.box_iou(mean[whole], first[whole])
+    rows = [
+        ("pseudo labels", len(pseudo)),
+        ("whales with pseudo labels", pseudo["Id"].nunique()),
+        ("pseudo labels of new_whale", (pseudo["Id"] == metrics.NEW_WHALE).sum()),
+        ("pseudo labels of whales with one photograph", (pseudo["Id"].map(photographs) == 1).sum()),
+        ("published leaks with a pseudo label", len(leaks)),
+        ("of these, with the leaked label", (leaks["Id"] == leaks["Id_pseudo"]).sum()),
+        ("validation rows", len(validation)),
+        ("validation rows of new_whale", (validation["number"] == -1).sum()),
+        ("validation photographs", validation["Image"].nunique()),
+        ("photographs with boxes", len(mean)),
+        ("empty boxes", (~whole).sum()),
+        ("mean overlap of the two networks' boxes", both.mean()),
+        ("share of boxes that the networks place less than half alike", (both < 0.5).mean()),
+        ("mean overlap with the first solution's boxes", others.mean()),
+    ]
+    rows += [(f"agreement of the vote by {name}", share) for name, share in _votes(reference).items()]
+    return pd.DataFrame(rows, columns=["fact", "value"]).astype({"value": float}).round(6)
+
+
+def _votes(reference: Path) -> dict[str, float]:
+    """Share of the test photographs of which the ten models' rank vote and the ensemble name the same whale first."""
+    from whalelib import report  # noqa: PLC0415
+    from whalelib.identify import rank_vote  # noqa: PLC0415
+
+    ensemble = second_place_guesses(reference, "ensemble")[1][:, 0]
+    singles = [second_place_guesses(reference, log)[1] for log in chapter4.MODELS]
+    weights = report.table("4.2")["Weight"]
+    points = {"1 / rank": 1 / np.arange(1, 6), "5 to 1": range(5, 0, -1), "first guesses alone": [1]}
+    return {
+        name: float((rank_vote(singles, weights, worth)[:, 0] == ensemble).mean())
+        for name, worth in points.items()
+    }
 
 
 def find_predictions(reference: Path) -> list[Path]:
