@@ -518,7 +518,7 @@ def _at_size(parameters: Mapping[str, object], size: tuple[int, int]) -> dict[st
     if "sigma_limit" in fitted:  # of a blur, in pixels
         share = size[1] / REFERENCE_SIZE[1]
         fitted["sigma_limit"] = tuple(sigma * share for sigma in fitted["sigma_limit"])
-        # A kernel that is too small at one size reaches as far at another; it never gets smaller than given.
+        # The kernel grows with the blur, but is never smaller than given: the rest of it is zeros then.
         fitted["blur_limit"] = tuple(max(k, 2 * round(share * (k // 2)) + 1) for k in fitted["blur_limit"])
     return fitted
 
