@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -184,17 +185,28 @@ def mask_model(run: Run) -> MaskNetwork:
     It is the same for all data, profiles and editions; it depends on the run's seed and device.
     """
     world = Run(run.notebook, Settings(data=WORLD, seed=run.settings.seed, device=run.settings.device))
-    folder = _model_folder(world)
-    weights = folder / "unet.safetensors"
-    with locked(folder):
+    weights = _model_folder(world) / "unet.safetensors"
+    training = partial(train_unet, seed=run.settings.seed, device=run.device, folder=weights.parent)
+    return trained_once(weights, lambda: unet().to(run.device), lambda: training(world.catalog.train))
+
+
+def trained_once(
+    weights: Path, make: Callable[[], nn.Module], train: Callable[[], tuple[nn.Module, pd.DataFrame]]
+) -> nn.Module:
+    """Return a network for use, read from its file of weights; without one it is trained first, and kept.
+
+    Args:
+        weights: the file. The history of the training is kept beside it.
+        make: returns the network that the weights are of.
+        train: returns it trained, and the history.
+    """
+    with locked(weights.parent):
         if weights.exists():
-            model = unet().to(run.device)
+            model = make()
             load_weights(model, weights)
             return model.eval()
-        model, history = train_unet(
-            world.catalog.train, seed=run.settings.seed, device=run.device, folder=folder
-        )
-        history.to_csv(folder / "history.csv", index=False)
+        model, history = train()
+        history.to_csv(weights.with_name("history.csv"), index=False)
         save_weights(model, weights)
     return model.eval()
 
@@ -202,17 +214,26 @@ def mask_model(run: Run) -> MaskNetwork:
 def _model_folder(world: Run) -> Path:
     # All that decides the weights: a change elsewhere in the library needs no new training.
     parts = (MaskNetwork, mask_loss, train_unet, _optimizer, augment.for_masks, augment.augmented, lite0)
-    code = _code(*parts, *map(inspect.getmodule, (Photographs, read_image, mask_pixels, fit)))
+    code = code_of(*parts, *map(inspect.getmodule, (Photographs, read_image, mask_pixels, fit)))
     about = [SIZE, IMAGES, DECODER, world.settings.seed, world.device]
-    return _folder("unet", world.catalog.train.fingerprint, code, *about)
+    return cache_folder("unet", world.catalog.train.fingerprint, code, *about)
 
 
-def _code(*parts: object) -> str:
+def weights_hash(model: nn.Module) -> str:
+    """Return a hash of a network's weights and buffers."""
+    weights = hashlib.sha256()
+    for value in model.state_dict().values():
+        weights.update(value.cpu().numpy().tobytes())
+    return weights.hexdigest()
+
+
+def code_of(*parts: object) -> str:
     """Return a hash of the source of functions, classes and modules."""
     return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
 
 
-def _folder(name: str, *key: object) -> Path:
+def cache_folder(name: str, *key: object) -> Path:
+    """Return the cache's folder, made when it is missing, for what ``name`` and ``key`` (plain values) say."""
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = place("WHALE_CACHE", "data/cache") / f"{name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -254,20 +275,25 @@ def found_masks(run: Run, catalog: Catalog) -> pd.DataFrame:
     Results are kept by the photographs' pixels: a part of a catalog, or one with a few new photographs, reuses them.
     """
     model = mask_model(run)
-    weights = hashlib.sha256()
-    for value in model.state_dict().values():
-        weights.update(value.cpu().numpy().tobytes())
-    code = _code(predict_masks, probability, *map(inspect.getmodule, (Photographs, read_image)))
-    folder = _folder("masks", weights.hexdigest(), code, run.device)
-    path, pixels = folder / "masks.csv", statistics(catalog)["sha1"]
-    with locked(folder):
-        kept = pd.DataFrame(columns=["rle", "confidence"])
+    code = code_of(predict_masks, probability, *map(inspect.getmodule, (Photographs, read_image)))
+    folder = cache_folder("masks", weights_hash(model), code, run.device)
+    return looked_at_once(folder / "masks.csv", catalog, partial(predict_masks, model))
+
+
+def looked_at_once(path: Path, catalog: Catalog, find: Callable[[Catalog], pd.DataFrame]) -> pd.DataFrame:
+    """Return ``find(catalog)``, one row a photograph with its ``image``, from what ``path`` keeps by the pixels.
+
+    Only photographs whose pixels are not in the file yet are given to ``find``.
+    """
+    pixels = statistics(catalog)["sha1"]
+    with locked(path.parent):
+        kept = pd.DataFrame(index=pd.Index([], dtype="str"))
         if path.exists():
             kept = pd.read_csv(path, index_col="sha1", dtype={"rle": "str"}, keep_default_na=False)
         missing = ~pixels.isin(kept.index).to_numpy()
         if missing.any():
-            found = predict_masks(model, catalog.where(missing)).set_index(pixels[missing])
-            kept = pd.concat([part for part in (kept, found[kept.columns]) if len(part)])
+            found = find(catalog.where(missing)).drop(columns="image").set_index(pixels[missing])
+            kept = pd.concat([part for part in (kept, found) if len(part)])
             kept = kept[~kept.index.duplicated()]
             with replacing(path) as part:
                 kept.to_csv(part, index_label="sha1")
@@ -325,9 +351,9 @@ def located(
     """
     catalog = run.catalog
     problems = Problems()
-    table, places = _supplied(catalog, boxes, masks, problems)
+    table, places = supplied(catalog, boxes, masks, problems)
     shape = statistics(catalog)[["height", "width"]].to_numpy(dtype=float)
-    _check_boxes(table, shape, places, problems)
+    check_boxes(table, shape, places, problems)
     _read_masks(table, problems)
 
     missing, bare = table["rle"].isna().to_numpy(), table["x0"].isna().to_numpy()
@@ -365,7 +391,7 @@ def _scaled(box: Box | None, height: float, width: float, margin: float) -> Box:
     )
 
 
-def _supplied(
+def supplied(
     catalog: Catalog, boxes: Path | str | None, masks: Path | str | None, problems: Problems
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, int]]]:
     """Return the catalog's table with the columns x0, y0, x1, y1, mask, rle: supplied, else missing.
@@ -427,7 +453,7 @@ def _run_lengths(path: Path, problems: Problems) -> pd.DataFrame:
     return pd.DataFrame({"rle": pd.Series(masks, dtype="object")})
 
 
-def _check_boxes(table: pd.DataFrame, shape: np.ndarray, places: dict, problems: Problems) -> None:
+def check_boxes(table: pd.DataFrame, shape: np.ndarray, places: dict, problems: Problems) -> None:
     """Leave out boxes that lie beyond their photographs."""
     height, width = shape.T
     beyond = (table["x0"] >= width) | (table["y0"] >= height) | (table["x1"] <= 0) | (table["y1"] <= 0)
