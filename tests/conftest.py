@@ -1,7 +1,12 @@
 """What several test files share."""
 
+import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
+
+from whalelib.data import NEW_WHALE
+from whalelib.run import Run, Settings
 
 
 @pytest.fixture
@@ -23,3 +28,28 @@ def animals(tmp_path):
                 folder / name / f"{name}{number}.png"
             )
     return folder
+
+
+@pytest.fixture
+def six_animals(places, monkeypatch):
+    """A run on six animals of three photographs each and four strangers, with boxes and masks beside them."""
+    folder = places / "animals"
+    (folder / "train").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for name, count in {**{f"w_{i}": 3 for i in range(6)}, NEW_WHALE: 4}.items():
+        base = rng.integers(0, 256, (8, 16, 3), dtype=np.uint8)
+        for number in range(count):
+            image = f"{name}{number}.png"
+            noise = rng.integers(0, 60, (32, 64, 3), dtype=np.uint8)
+            pixels = np.kron(base, np.ones((4, 4, 1), np.uint8)) // 2 + noise
+            Image.fromarray(pixels).save(folder / "train" / image)
+            Image.fromarray(np.full((32, 64), 255, np.uint8)).save(folder / "masks" / image)
+            rows.append((image, name))
+    pd.DataFrame(rows, columns=["Image", "Id"]).to_csv(folder / "train.csv", index=False)
+    pd.DataFrame(
+        [(image, 0, 0, 60, 30) for image, _ in rows], columns=["Image", "x0", "y0", "x1", "y1"]
+    ).to_csv(folder / "boxes.csv", index=False)
+    monkeypatch.setattr("whalelib.run.sources_hash", lambda *others: "as it is")
+    return Run("03_15", Settings(data=str(folder)))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from whalelib import augment
 from whalelib.data import NEW_WHALE, open_catalog
-from whalelib.data.batches import Doubled, PxK
+from whalelib.data.batches import Doubled, Portions, PxK
 from whalelib.data.masks import encode_rle
 from whalelib.data.photographs import Photographs
 from whalelib.train import epoch_batches, fit
@@ -289,3 +289,19 @@ def test_an_epoch_is_as_long_as_the_original_s(contest, batch, expected):
         lengths.append(len(sampler))
     assert max(lengths) <= groups // (batch // 16 * 3)
     assert abs(np.array(lengths) - expected).max() <= 3
+
+
+def test_portions_follow_each_other():
+    labels = np.repeat(np.arange(12), 5)
+    sampler = PxK(labels, 16, new=99, seed=4)
+    passes = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        passes += list(sampler)
+    portions = Portions(PxK(labels, 16, new=99, seed=4), 2)
+    found = []
+    for epoch in range(4):
+        portions.set_epoch(epoch)
+        assert len(portions) == len(list(portions)) == 2
+        found += list(portions)
+    assert found == passes[:8]

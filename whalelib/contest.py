@@ -263,6 +263,11 @@ class Contest:
             raise SubmissionError(str(submission) if named else "submission", refused)
         return self._grade(*parse_predictions(frame))
 
+    def score_guesses(self, images: Sequence[str], guesses: np.ndarray) -> Score:
+        """Score guesses (Q, 5), best first, None being none, of Q photographs; as `score`."""
+        ids = [" ".join(name for name in row if name) for row in guesses]
+        return self.score(pd.DataFrame({"Image": images, "Id": ids}))
+
 
 def _grader(images: list[str], truth: np.ndarray, public: np.ndarray) -> Callable[..., Score]:
     place = {image: i for i, image in enumerate(images)}

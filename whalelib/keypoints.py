@@ -30,7 +30,7 @@ from whalelib.data.images import Box
 from whalelib.data.layouts import BOX, Problems
 from whalelib.data.photographs import Photographs, as_tensor
 from whalelib.locate import cache_folder, code_of, looked_at_once, trained_once, weights_hash
-from whalelib.models import LITE0_MEAN, LITE0_STD, _without_classifier, lite, second_place_url
+from whalelib.models import LITE0_MEAN, LITE0_STD, lite, second_place_url, without_classifier
 from whalelib.run import Run, Settings
 from whalelib.train import fit, keep_memory, warm_cosine
 
@@ -200,7 +200,7 @@ def se_resnext_maps(depth: int = 50, weights: Path | str | None = None, *, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = getattr(pretrainedmodels, name)(pretrained=None)
-    _without_classifier(network, weights, Path(url).stem.rsplit("-", 1)[1], url)
+    without_classifier(network, weights, Path(url).stem.rsplit("-", 1)[1], url)
     return Maps(network, (256, 512, 1024, 2048), mean=0.65, std=0.25)
 
 

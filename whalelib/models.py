@@ -285,12 +285,12 @@ def senet154(
 
 def _senet_map(network: nn.Module, stem: str, weights: Path | str | None, sha256: str) -> FeatureMap:
     """Return any of pretrainedmodels' SENets as a feature map for four channels."""
-    features = _without_classifier(network, weights, sha256, SENET154_URL)
+    features = without_classifier(network, weights, sha256, SENET154_URL)
     network.layer0.conv1 = widen_stem(network.layer0.conv1, stem)
     return FeatureMap(network.to(memory_format=torch.channels_last), features, ("layer3", "layer4"))
 
 
-def _without_classifier(network: nn.Module, weights: Path | str | None, sha256: str, url: str) -> int:
+def without_classifier(network: nn.Module, weights: Path | str | None, sha256: str, url: str) -> int:
     """Take the classifier off one of pretrainedmodels' networks, load its weights; return its number of features."""
     features = network.last_linear.in_features
     for part in ("avg_pool", "avgpool", "dropout", "last_linear", "fc"):
@@ -347,7 +347,7 @@ def second_place_backbone(
         torch.manual_seed(seed)
         network = getattr(pretrainedmodels, name)(pretrained=None)
     known = sha256 or Path(url).stem.rsplit("-", 1)[1]
-    features = _without_classifier(network, weights, known, url)
+    features = without_classifier(network, weights, known, url)
     return FeatureMap(network, features, ("layer2", "layer3", "layer4"))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -150,3 +151,35 @@ class PxK:
             return [rng.choice(own, self.images)]
         count = len(own) // self.images
         return list(rng.permutation(own)[: count * self.images].reshape(count, self.images))
+
+
+class Portions:
+    """A sampler that gives so many batches an epoch, one portion after another of what another sampler deals out.
+
+    Training then counts in epochs of its own, however long a pass over the data is. For ``train.fit``.
+
+    Args:
+        sampler: has ``set_epoch``; its epochs follow each other without a break.
+        batches: in a portion.
+    """
+
+    def __init__(self, sampler: PxK, batches: int):
+        self.sampler, self.batches, self.epoch = sampler, batches, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the portion's batches."""
+        start = self.epoch * self.batches
+        yield from islice(self._passes(), start, start + self.batches)
+
+    def __len__(self):
+        """How many batches a portion has."""
+        return self.batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the portion, from 0 up."""
+        self.epoch = epoch
+
+    def _passes(self) -> Iterator[list[int]]:
+        for number in count():
+            self.sampler.set_epoch(number)
+            yield from self.sampler

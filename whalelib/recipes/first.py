@@ -50,13 +50,16 @@ APART = (
     *(
         "contest.py",
         "identify.py",
+        "keypoints.py",
         "locate.py",
         "metrics.py",
         "realism.py",
         "recipes/full_step.py",
+        "recipes/head.py",
         "recipes/ladder.py",
+        "recipes/second.py",
     ),
-    *("data/catalog.py", "data/layouts.py", "data/statistics.py", "data/world/"),
+    *("data/batches.py", "data/catalog.py", "data/layouts.py", "data/statistics.py", "data/world/"),
 )
 
 
@@ -133,11 +136,21 @@ def optimizer(model: FirstPlace, kind: str = "Adam") -> torch.optim.Optimizer:
     return getattr(torch.optim, kind)(learned, lr=3e-4, betas=(0.9, 0.99), weight_decay=2e-4)
 
 
-@torch.inference_mode()
 def probabilities(model: FirstPlace, photographs: Photographs, *, batch_size: int = 64) -> np.ndarray:
-    """Return (Q, C): each whale's probability, the mean of a photograph's and its mirror image's (section 3.2.1).
+    """Return (Q, C): each whale's probability, the mean of a photograph's and its mirror image's (section 3.2.1)."""
+    return both_probabilities(model, photographs, batch_size=batch_size).mean(0)
 
-    Of the photograph only the whales count, of the mirror image only the mirrored whales.
+
+@torch.inference_mode()
+def both_probabilities(
+    model: torch.nn.Module, photographs: Photographs, *, batch_size: int = 64
+) -> np.ndarray:
+    """Return (2, Q, C): each whale's probability by the photograph, and by its mirror image.
+
+    Args:
+        model: from images to ``logits`` (N, 2C).
+        photographs: Q of them.
+        batch_size: at a time.
     """
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
@@ -145,11 +158,19 @@ def probabilities(model: FirstPlace, photographs: Photographs, *, batch_size: in
     rows = []
     for batch in tqdm(DataLoader(photographs.plain(), batch_size=batch_size), "Naming", leave=False):
         images = batch["image"].to(device)
-        plain, mirrored = (model(x)["logits"].float().sigmoid() for x in (images, images.flip(-1)))
-        rows.append((plain[:, : model.identities] + mirrored[:, model.identities :]) / 2)
+        rows.append(whales_of(*(model(x)["logits"].float().sigmoid() for x in (images, images.flip(-1)))))
     for module, mode in modes.items():
         module.training = mode
-    return torch.cat(rows).cpu().numpy()
+    return torch.cat(rows, 1).cpu().numpy()
+
+
+def whales_of(plain: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """Return (2, Q, C) of what a network says (Q, 2C) of photographs and of their mirror images.
+
+    Of the photograph only the whales count, of the mirror image only the mirrored whales.
+    """
+    whales = plain.shape[1] // 2
+    return torch.stack([plain[:, :whales], mirrored[:, whales:]])
 
 
 @dataclass(frozen=True)
@@ -180,6 +201,7 @@ class Parts:
     queries: Catalog
     size: tuple[int, int]
     seed: int
+    masks: bool = True
 
     @property
     def known(self) -> list[str]:
@@ -187,11 +209,11 @@ class Parts:
         return self.rest.known
 
     def photographs(self, part: Catalog, transform=None, **options) -> Photographs:
-        """Return photographs of a located catalog at the recipe's size, cropped, the mask as fourth channel."""
+        """Return photographs of a located catalog at the recipe's size, cropped; masks: with a fourth channel."""
         chosen = {
             "known": self.known,
             "crop": "box",
-            "masks": True,
+            "masks": self.masks,
             "transform": transform,
             "seed": self.seed,
         }
@@ -306,6 +328,11 @@ def _validate(model: FirstPlace, row: dict, *, held: Photographs, epochs: int | 
     """Return the scores on held-out photographs, at the best threshold for them: after each epoch, or the last."""
     if epochs and row["epoch"] < epochs and not _enough(row, step=step):
         return {}
+    return validation(model, held)
+
+
+def validation(model: torch.nn.Module, held: Photographs) -> dict[str, float]:
+    """Return MAP@5 and Top@1 by classes on held-out photographs, at the best threshold for them, and that."""
     truth = held.catalog.table["identity"].to_numpy(dtype=object)
     found = probabilities(model, held)
     threshold = choose_threshold(found, held.known, truth)

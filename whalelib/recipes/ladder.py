@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
@@ -69,9 +68,7 @@ def climb(run: Run, rungs: range = range(len(RUNGS))) -> dict[str, float]:
             guesses = first.answer(first.trained(run, first.Choices(size=SIZE)), "neighbours").guesses
         else:
             guesses = _guesses(rung, run, here)
-        ids = [" ".join(name for name in row if name) for row in guesses]
-        frame = pd.DataFrame({"Image": here.queries.table["image"], "Id": ids})
-        scores[RUNGS[rung]] = contest.score(frame).all
+        scores[RUNGS[rung]] = contest.score_guesses(here.queries.table["image"], guesses).all
         print(f"{RUNGS[rung]}: {scores[RUNGS[rung]]:.4f}", flush=True)
     return scores
 

@@ -1,0 +1,330 @@
+"""The second place solution of Shen (chapter 4 of the report), from photographs to five guesses.
+
+Boxes from four key points, the augmentations of Table 4.1, every photograph a second time mirrored as a whale of its
+own, one flow over any backbone, batches of whales by fours, a focal, a margin and a triplet loss, a learning rate that
+warms up and falls, and ten networks that vote with their five most probable whales.
+
+Editions. Where the report says nothing, both do what the solution's code does. Where report and code contradict each
+other, `as_described` follows the report, its slips mended, and `as_shipped` the code.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from whalelib import augment, keypoints
+from whalelib.data.batches import Doubled, Portions, PxK
+from whalelib.files import locked, replacing
+from whalelib.identify import choose_threshold, hold_out, pseudo_labels, top5
+from whalelib.losses import arcface, euclidean, focal, triplet
+from whalelib.metrics import map_at_k
+from whalelib.models import (
+    SECOND_PLACE_BACKBONES,
+    SENET154_MEAN,
+    SENET154_STD,
+    SecondPlace,
+    second_place_backbone,
+    second_place_lite,
+    second_place_url,
+)
+from whalelib.recipes import baseline, first
+from whalelib.recipes.baseline import Answer
+from whalelib.recipes.first import BY, Mirrored, Parts
+from whalelib.run import Run
+from whalelib.train import fit, load_best, load_weights, save_weights
+
+SIZES = {"lab": ((96, 192), (96, 96)), "paper": ((256, 512), (512, 512))}  # (H, W); the first is the default
+BACKBONES = {"lab": ("lite0", "lite1", "lite2"), "paper": SECOND_PLACE_BACKBONES}
+BATCH = {"lab": 32, "paper": 64}
+RATE = {"lab": 1e-3, "paper": 3e-4}  # the highest
+EPOCHS = 100
+NEW = 0.185  # what every file says of new_whale in the shipped ensemble
+PSEUDO_SHARE = 1505 / 7960  # of the test photographs got a pseudo label (section 4.2)
+
+# Section 4.3.5, Figure 4.9: until which epoch, learning rate, share of the classes in the losses of the hardest. The
+# share is the code's.
+SCHEDULE = (
+    (4, 1e-4, 1e-2),
+    (9, 2e-4, 1e-2),
+    (39, 3e-4, 7e-3),
+    (49, 1e-4, 6e-3),
+    (59, 5e-5, 5e-3),
+    (EPOCHS, 1e-5, 4e-3),
+)
+
+# Table 4.2: backbone and size, as places in BACKBONES and SIZES, with pseudo labels or without, weight.
+MODELS = {
+    **{"a": (0, 0, False, 1), "b": (0, 0, True, 2), "c": (0, 1, False, 1), "d": (0, 1, True, 2)},
+    **{"e": (1, 0, False, 1), "f": (1, 0, True, 2), "g": (1, 1, False, 1), "h": (1, 1, True, 2)},
+    **{"i": (2, 0, False, 1), "j": (2, 1, True, 2)},
+}
+
+# Sources that a trained network does not depend on, but through its photographs and boxes, which are in the key.
+APART = tuple({*first.APART, "data/quadruplets.py"} - {"data/batches.py", "recipes/second.py"})
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a network may be trained with besides the profile's and the edition's.
+
+    backbone: one of the profile's BACKBONES; size: (H, W); pseudo: with pseudo-labelled test photographs; margin: of
+    the margin loss, default .5 as described and 0 as shipped, where the margin was never applied; batch: images;
+    images: share of the budget.
+    """
+
+    backbone: str | None = None
+    size: tuple[int, int] | None = None
+    pseudo: bool = False
+    margin: float | None = None
+    batch: int | None = None
+    images: float = 1.0
+
+
+def choices_of(profile: str, model: str, images: float = 1.0) -> Choices:
+    """Return the choices of one of Table 4.2's models, `a` to `j`."""
+    backbone, size, pseudo, _ = MODELS[model]
+    return Choices(BACKBONES[profile][backbone], SIZES[profile][size], pseudo, images=images)
+
+
+def schedule(epoch: float) -> tuple[float, float]:
+    """Return learning rate and share of the hardest at an epoch of the 100, from 0; 2.5 is in the third."""
+    return next(((rate, hardest) for until, rate, hardest in SCHEDULE if epoch < until), SCHEDULE[-1][1:])
+
+
+def rate_factor(position: float, epochs: int) -> float:
+    """Return the learning rate's factor at a position in so many epochs that stand for the 100."""
+    return schedule(position / epochs * EPOCHS)[0] / max(rate for _, rate, _ in SCHEDULE)
+
+
+class Loss:
+    """The solution's loss: focal + 0.1 margin + triplet, each as scalar of its own too (section 4.3.3).
+
+    As described the focal loss is a mean over all classes; as shipped over the hardest of each row, whose share
+    falls with the epochs. As shipped the triplets are mined from scrambled rows. In both ``new_whale`` is a class of
+    the triplets, a row without any for the focal loss, and no row of the margin loss.
+
+    Args:
+        edition: see above.
+        epochs: that stand for the 100.
+        margin: of the margin loss.
+    """
+
+    def __init__(self, edition: str, epochs: int, margin: float):
+        self.shipped, self.epochs, self.margin = edition == "as_shipped", epochs, margin
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0 up, and with it the share of the hardest."""
+        self.hardest = schedule((epoch + 0.5) / self.epochs * EPOCHS)[1] if self.shipped else None
+
+    def __call__(self, output: dict, batch: dict) -> dict[str, torch.Tensor]:
+        """Return the losses and MAP@5 on the batch."""
+        labels, logits = batch["label"], output["logits"]
+        parts = {
+            "focal": focal(logits, labels, self.hardest),
+            "margin": arcface(output["cosines"], labels, self.margin),
+            "triplet": triplet(euclidean(output["features"]), labels, as_shipped=self.shipped),
+        }
+        total = parts["focal"] + 0.1 * parts["margin"] + parts["triplet"]
+        return {"loss": total, **parts, "MAP@5": first.batch_map(logits.detach(), labels)}
+
+
+def optimizer(model: SecondPlace, rate: float = RATE["paper"]) -> torch.optim.Optimizer:
+    """Return Adam with betas (.9, .999) and weight decay 2e-4 in the gradient, over what is not frozen."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.999), weight_decay=2e-4)
+
+
+def network(
+    profile: str, identities: int, edition: str, seed: int, backbone: str | None = None
+) -> SecondPlace:
+    """Return the network over one of the profile's BACKBONES; default the first.
+
+    The environment's WHALE_RESNET101, WHALE_SE_RESNET101 and WHALE_SE_RESNEXT101_32X4D are paths of ImageNet weights;
+    without them a warning says where to get them, and the network starts from random ones.
+
+    Raises:
+        ValueError: the profile has no such backbone.
+    """
+    name = backbone or BACKBONES[profile][0]
+    if name not in BACKBONES[profile]:
+        raise ValueError(f"backbone = {name!r}: choose one of {', '.join(BACKBONES[profile])}")
+    if profile != "paper":
+        body = second_place_lite(int(name.removeprefix("lite")))
+        return SecondPlace(identities, body, edition=edition, seed=seed)
+    weights = _weights(name)
+    if not weights:
+        warnings.warn(
+            f"{name} starts from random weights, with which it will learn little from so few photographs: get "
+            f"{second_place_url(name)} and set WHALE_{name.upper()} to its path",
+            stacklevel=2,
+        )
+    body = second_place_backbone(name, weights, seed=seed)
+    pixels = {"mean": SENET154_MEAN, "std": SENET154_STD}
+    return SecondPlace(identities, body, edition=edition, seed=seed, **pixels)
+
+
+def _weights(name: str) -> str | None:
+    return os.environ.get(f"WHALE_{name.upper()}") or None
+
+
+def parts(run: Run, size: tuple[int, int] | None = None) -> Parts:
+    """Find the flukes' key points and boxes in the run's data, and part the photographs as the first recipe does."""
+    located = keypoints.located(run)
+    rest, held = hold_out(located.train, new=0.25, seed=run.settings.seed)
+    return Parts(
+        rest, held, located.test, size or SIZES[run.settings.profile][0], run.settings.seed, masks=False
+    )
+
+
+def with_pseudo_labels(run: Run, here: Parts, choices: Choices) -> Parts:
+    """Add the queries of which the network without pseudo labels is surest, as many as the report's share of them."""
+    plain = trained(run, replace(choices, pseudo=False, backbone=None, size=None))
+    found = first.probabilities(plain.model, plain.parts.photographs(here.queries))
+    sure = np.quantile(found.max(1), 1 - PSEUDO_SHARE)
+    labels = pseudo_labels(found, here.known, here.queries.table["image"], float(sure)).set_index("image")
+    extra = here.queries.where(here.queries.table["image"].isin(labels.index).to_numpy())
+    table = extra.table.assign(
+        identity=labels.loc[extra.table["image"], "identity"].to_numpy(), split="train"
+    )
+    whole = pd.concat([here.rest.table, table], ignore_index=True)
+    return replace(here, rest=replace(here.rest, table=whole))
+
+
+def trained(run: Run, choices: Choices | None = None) -> first.Trained:
+    """Train a network, or fetch it from the cache, or go on where a killed run stopped.
+
+    It sees as many images as the baseline of notebook 01_02 does of the same data, in a hundred epochs of equal length
+    under `paper`, in twenty under `lab`. The `paper` profile keeps the epoch that is best on the held-out photographs,
+    `lab` the last.
+    """
+    choices, settings = choices or Choices(), run.settings
+    profile, edition = settings.profile, settings.edition
+    here = parts(run, choices.size)
+    budget = first.budget(profile, here) * choices.images
+    if choices.pseudo:
+        here = with_pseudo_labels(run, here, choices)
+    margin = (0.0 if edition == "as_shipped" else 0.5) if choices.margin is None else choices.margin
+    backbone = choices.backbone or BACKBONES[profile][0]
+    choices = replace(choices, backbone=backbone, batch=choices.batch or BATCH[profile], margin=margin)
+    data = [part.fingerprint for part in (here.rest, here.held)]
+    given = bool(_weights(backbone)) if profile == "paper" else False
+    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
+    folder = run.folder("second", apart=APART, **key)
+    model = network(profile, len(here.known), edition, settings.seed, backbone).to(run.device)
+    log = folder / "history.csv"
+    with locked(folder):
+        if not log.exists():
+            history = _train(run, choices, model, here, folder, budget)
+            save_weights(model, folder / "trained.safetensors")
+            with replacing(log) as part:
+                history.to_csv(part, index=False)
+    load_weights(model, folder / "trained.safetensors")
+    return first.Trained(model, here, pd.read_csv(log))
+
+
+def _train(
+    run: Run, choices: Choices, model: SecondPlace, here: Parts, folder: Path, budget: float
+) -> pd.DataFrame:
+    profile, edition, seed = run.settings.profile, run.settings.edition, run.settings.seed
+    pixels = run.folder("second-pixels", size=here.size)
+    data = Doubled(here.photographs(here.rest, augment.second_place(here.size, edition), folder=pixels))
+    held = here.photographs(here.held, folder=pixels)
+    sampler = PxK(data.labels, choices.batch, data.new, seed=seed)
+    epochs = EPOCHS if profile == "paper" else 20
+    portion = max(1, round(budget / choices.batch / epochs))
+    best = "valid MAP@5" if profile == "paper" else None
+    history = fit(
+        model,
+        data,
+        Loss(edition, epochs, choices.margin),
+        epochs=epochs,
+        folder=folder,
+        batch_size=choices.batch,
+        optimizer=partial(optimizer, rate=RATE[profile]),
+        schedule=partial(rate_factor, epochs=epochs),
+        sampler=Portions(sampler, portion),
+        seed=seed,
+        device=run.device,
+        on_epoch=partial(_validate, held=held, epochs=None if best else epochs),
+        best=best,
+        settings={"choices": asdict(choices), "portion": portion},
+    )
+    if best:
+        load_best(model, optimizer(model), folder)
+    return history.assign(images=history["steps"] * choices.batch)
+
+
+def _validate(model: SecondPlace, row: dict, *, held, epochs: int | None) -> dict:
+    """Return the scores on held-out photographs: after each epoch, or the last."""
+    if epochs and row["epoch"] < epochs:
+        return {}
+    return first.validation(model, held)
+
+
+TOP = 5
+
+
+def top_only(probability: np.ndarray) -> np.ndarray:
+    """Return probabilities (..., C) with zeros for all but the five highest, as the solution's files keep them."""
+    if probability.shape[-1] <= TOP:
+        return probability
+    least = np.partition(probability, -TOP, axis=-1)[..., -TOP, None]
+    return np.where(probability >= least, probability, 0)
+
+
+def votes(networks: Sequence[first.Trained], part: str, weights: Sequence[float] | None = None) -> np.ndarray:
+    """Return (Q, C): each whale's mean probability over the networks' views, what a view does not keep being 0.
+
+    The same as `identify.blend` of the views' files, divided by the sum of the weights (section 4.4).
+
+    Args:
+        networks: of one run.
+        part: "held" or "queries": whose photographs, Q of them.
+        weights: of the networks; default alike.
+    """
+    views = [
+        top_only(first.both_probabilities(one.model, one.parts.photographs(getattr(one.parts, part)))).mean(0)
+        for one in networks
+    ]
+    return np.average(views, axis=0, weights=weights)
+
+
+def answer(
+    networks: first.Trained | Sequence[first.Trained],
+    by: str = "classes",
+    weights: Sequence[float] | None = None,
+) -> Answer:
+    """Name the queries' whales, with one network or several that vote.
+
+    By "classes", as the solution: the five most probable whales of photograph and of mirror image. As shipped
+    ``new_whale`` has .185 everywhere; as described, since the report is silent, what is best on the held-out
+    photographs. By "neighbours", ours, as in the first recipe.
+    """
+    if by not in BY:
+        raise ValueError(f"by = {by!r}: choose one of {', '.join(BY)}")
+    networks = [networks] if isinstance(networks, first.Trained) else list(networks)
+    here, known = networks[0].parts, networks[0].parts.known
+    if by == "neighbours":
+        (model,) = (one.model for one in networks)
+        photographs = [here.photographs(part) for part in (here.rest, here.held, here.queries)]
+        return baseline.answer((model, Mirrored(model)), *photographs)
+    truth = here.held.table["identity"].to_numpy(dtype=object)
+    held, found = (votes(networks, part, weights) for part in ("held", "queries"))
+    shipped = networks[0].model.edition == "as_shipped"
+    new = NEW if shipped else choose_threshold(held, known, truth)
+    score = map_at_k(top5(held, known, new), truth)
+    return Answer(top5(found, known, new), float(new), float(score), found, np.array(known, dtype=object))
+
+
+def ensemble(run: Run, models: str = "abcdefghij", images: float = 1.0) -> dict[str, first.Trained]:
+    """Train some of Table 4.2's ten networks, or fetch them from the cache, by their letters."""
+    profile = run.settings.profile
+    return {name: trained(run, choices_of(profile, name, images)) for name in models}
