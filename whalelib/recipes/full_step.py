@@ -1,8 +1,9 @@
-"""Does the first solution's network fit this machine, and how fast is it? `python -m whalelib.recipes.full_step`.
+"""Does a solution's network fit this machine, and how fast is it? `python -m whalelib.recipes.full_step`.
 
-A few steps of the `paper` profile: SENet-154, photographs of 4 x 256 x 512, 10,008 classes; forward, the three losses,
-backward, clipping and Adam, by the code that trains it. Time and memory depend on no picture, so the pixels are random,
-and so are the weights.
+A few steps of the `paper` profile, with 10,008 classes: the first solution's SENet-154 and photographs of 4 x 256 x
+512, or with `--recipe second` a backbone of the second and one of its two sizes; forward, the three losses, backward,
+clipping where there is any, and Adam, by the code that trains it. Time and memory depend on no picture, so the pixels
+are random, and so are the weights.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from functools import partial
 import torch
 
 from whalelib.ledger import append_ledger
-from whalelib.models import count_parameters
-from whalelib.recipes import first
+from whalelib.models import SECOND_PLACE_BACKBONES, count_parameters
+from whalelib.recipes import first, second
 from whalelib.run import EDITIONS
 from whalelib.train import fit
 
@@ -25,18 +26,24 @@ WHALES = 5004
 
 
 def full_step(
-    quadruplets: int = 1,
+    groups: int = 1,
     steps: int = 2,
     *,
+    recipe: str = "first",
+    backbone: str | None = None,
+    size: tuple[int, int] | None = None,
     edition: str = "as_described",
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, float]:
-    """Train the full-size network for some steps, and return what it took.
+    """Train a full-size network for some steps, and return what it took.
 
     Args:
-        quadruplets: in a batch, of four images each.
+        groups: of four images in a batch, two of them of one whale.
         steps: two or more; the last one is timed. The first allocates memory and chooses algorithms.
+        recipe: "first" or "second".
+        backbone: of the second; default ResNet-101.
+        size: (H, W); default (256, 512).
         edition, seed: of the network.
         device: "auto", "cpu" or "cuda".
 
@@ -46,25 +53,36 @@ def full_step(
         (before clipping) of the last step, and the peak of ``memory`` in GiB: that of this whole process on a CPU,
         what torch held on a GPU.
     """
-    size = first.SIZES["paper"]
     generator = torch.Generator().manual_seed(seed)
-    whales = torch.randint(WHALES, (quadruplets, 2), generator=generator)
+    size = size or first.SIZES["paper"]
+    whales = torch.randint(WHALES, (groups, 2), generator=generator)
     labels = [torch.tensor([own, own, other, 2 * WHALES]) for own, other in whales.tolist()]
-    batch = [{"image": torch.rand(4, 4, *size, generator=generator), "label": label} for label in labels]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights will do
-        model = first.network("paper", WHALES, edition, seed)
+        if recipe == "first":
+            batch = [
+                {"image": torch.rand(4, 4, *size, generator=generator), "label": four} for four in labels
+            ]
+            model = first.network("paper", WHALES, edition, seed)
+            options = {"batch_size": groups, "optimizer": first.optimizer, "clip": 5.0}
+            loss = partial(first.loss, edition=edition)
+        else:
+            batch = [
+                {"image": torch.rand(3, *size, generator=generator), "label": one}
+                for one in torch.cat(labels)
+            ]
+            model = second.network("paper", WHALES, edition, seed, backbone)
+            options = {"batch_size": 4 * groups, "optimizer": second.optimizer}
+            loss = second.Loss(edition, steps, 0.0 if edition == "as_shipped" else 0.5)
     history = fit(
         model,
         batch,
-        partial(first.loss, edition=edition),
+        loss,
         epochs=steps,
-        batch_size=quadruplets,
-        optimizer=first.optimizer,
-        clip=5.0,
         seed=seed,
         device=device,
         on_epoch=lambda *_: {"processor": time.process_time()},
+        **options,
     )
     history["processor"] = history["processor"].diff()
     row = history.iloc[-1].drop(["epoch", "steps", "lr", "MAP@5"]).to_dict()
@@ -72,7 +90,7 @@ def full_step(
     unit = 2**10 if sys.platform == "darwin" else 1  # bytes there, KiB elsewhere
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 2**20
     return row | {
-        "images a second": 4 * quadruplets / row["seconds"],
+        "images a second": 4 * groups / row["seconds"],
         "parameters": count_parameters(model),
         "memory": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else process,
     }
@@ -84,8 +102,14 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m whalelib.recipes.full_step", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--quadruplets", type=int, default=1, help="in a batch (default 1; the solution had 12)"
+        "--groups",
+        type=int,
+        default=1,
+        help="of four images in a batch (default 1; the solutions had 12 and 16)",
     )
+    parser.add_argument("--recipe", choices=("first", "second"), default="first")
+    parser.add_argument("--backbone", choices=SECOND_PLACE_BACKBONES, help="of the second")
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 512), metavar=("H", "W"))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--edition", choices=EDITIONS, default="as_described")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -96,16 +120,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--allow-dirty", action="store_true", help="enter values of code that is not committed"
     )
     chosen = parser.parse_args(arguments)
-    found = full_step(chosen.quadruplets, chosen.steps, edition=chosen.edition, device=chosen.device)
+    what = {"recipe": chosen.recipe, "backbone": chosen.backbone, "size": tuple(chosen.size)}
+    found = full_step(chosen.groups, chosen.steps, **what, edition=chosen.edition, device=chosen.device)
     print(json.dumps({name: float(f"{value:.4g}") for name, value in found.items()}, indent=1))
     if chosen.ledger:
         cuda = torch.cuda.is_available() and chosen.device != "cpu"
         device = f"cuda ({torch.cuda.get_device_name()})" if cuda else "cpu"
         where = "" if cuda else f", {torch.get_num_threads()} threads"
-        about = {
-            "notebook": chosen.ledger,
-            "command": f"python -m whalelib.recipes.full_step --quadruplets {chosen.quadruplets}",
-        }
+        chose = " ".join(sys.argv[1:] if arguments is None else arguments)
+        about = {"notebook": chosen.ledger, "command": f"python -m whalelib.recipes.full_step {chose}"}
+        network = (
+            ""
+            if chosen.recipe == "first"
+            else f", {chosen.backbone or 'resnet101'} at {chosen.size[0]} x {chosen.size[1]}"
+        )
         about |= {
             "data": "random pixels",
             "profile": "paper",
@@ -121,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [
             {
                 **about,
-                "metric": f"full size, {4 * chosen.quadruplets} images{where}: {text}",
+                "metric": f"full size{network}, {4 * chosen.groups} images{where}: {text}",
                 "value": round(found[name], 2),
             }
             for name, text in names.items()
