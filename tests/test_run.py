@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import whalelib
 from whalelib import ledger
@@ -183,7 +184,7 @@ FRAME = pd.DataFrame({"x": [0, 1, 2], "y": [1.0, 2.0, 4.0]})
 
 
 def draw():
-    figure, axes = plt.subplots(figsize=(2, 1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(4, 2), layout="constrained")
     axes.plot(FRAME["x"], FRAME["y"])
     plt.close(figure)
     return figure
@@ -383,3 +384,14 @@ def test_committed_ledger_is_well_formed():
             )
             assert all(row.values())
             assert not row["data"].startswith("/")
+
+
+def test_a_large_figure_keeps_fewer_colours_and_pixels(places, monkeypatch):
+    monkeypatch.setattr("whalelib.run.LARGE_FIGURE", 0)
+    monkeypatch.setenv("WHALE_FIGURES", str(places / "figures"))
+    figure = plt.figure(figsize=(4, 2))
+    figure.add_axes((0, 0, 1, 1)).imshow(np.random.default_rng(0).random((40, 80, 3)))
+    Run("02_01", Settings(data="world:tiny")).save_figure(figure, "noise", pd.DataFrame({"a": [1]}))
+    with Image.open(places / "figures" / "02_01_noise.png") as image:
+        assert image.mode == "P"
+        assert image.width < 300

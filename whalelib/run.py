@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from whalelib.files import replacing
 from whalelib.ledger import RESULT_COLUMNS, measured, project_root, read_ledger, read_rows, write_rows
 
@@ -27,6 +29,7 @@ PROFILES = ("lab", "paper")
 EDITIONS = ("as_described", "as_shipped")
 DEVICES = ("auto", "cpu", "cuda")
 FIGURE_DPI = 110
+LARGE_FIGURE = 250_000
 SHOWN_VERSIONS = ("numpy", "pandas", "torch")
 
 
@@ -233,7 +236,8 @@ class Run:
     def save_figure(self, figure: "Figure", name: str, frame: "pd.DataFrame | pd.Series") -> None:
         """Save a figure as PNG and the data it shows as CSV, ``{notebook}_{name}.png`` and ``.csv``.
 
-        The PNG is the same byte for byte for the same figure: fixed resolution, no dates or versions inside.
+        The PNG is the same byte for byte for the same figure: fixed resolution, no dates or versions inside. One
+        above LARGE_FIGURE bytes, as of many photographs, is kept with 256 colours, and if need be fewer pixels.
         Default settings write to ``figures/``, others to ``build/figures/LABEL/``.
         """
         if not re.fullmatch(r"[a-z0-9_]+", name):
@@ -241,6 +245,8 @@ class Run:
         path = figures_folder(self.settings) / f"{self.notebook}_{name}.png"
         with replacing(path) as part:
             figure.savefig(part, format="png", dpi=FIGURE_DPI, metadata={"Software": None})
+            if part.stat().st_size > LARGE_FIGURE:
+                _make_smaller(part)
         named = any(label is not None for label in frame.index.names)
         with replacing(path.with_suffix(".csv")) as part:
             frame.to_csv(part, index=named, float_format="%.8g", lineterminator="\n")
@@ -317,3 +323,13 @@ def _injected_parameters() -> set[str]:
         for target in line.targets
         if isinstance(target, ast.Name)
     }
+
+
+def _make_smaller(path: Path) -> None:
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    while True:
+        picture.quantize(256).save(path, format="PNG", optimize=True)
+        if path.stat().st_size <= LARGE_FIGURE or picture.width < 300:
+            return
+        picture = picture.resize((picture.width * 4 // 5, picture.height * 4 // 5), Image.Resampling.LANCZOS)
