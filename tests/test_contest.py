@@ -201,10 +201,16 @@ def test_score_reads_a_file_and_refuses_a_faulty_one(world, tmp_path):
     assert error.value.problems == board.check(path)
 
 
+def test_guesses_are_scored_as_a_submission(world):
+    board, frame = Contest.open(world), submission()
+    guesses = np.array([row.split() for row in frame["Id"]], dtype=object)
+    assert board.score_guesses(frame["Image"], guesses) == board.score(frame)
+
+
 def test_labels_are_not_shown(world):
     board = Contest.open(world)
     public = {name: getattr(board, name) for name in dir(board) if not name.startswith("_")}
-    assert set(public) == {"check", "images", "known", "name", "open", "relabelled", "score"}
+    assert set(public) == {"check", "images", "known", "name", "open", "relabelled", "score", "score_guesses"}
     assert not hasattr(board, "__dict__")
     assert "w_" not in repr(board) and "w_" not in str(board.score(submission()))
 
