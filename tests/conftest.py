@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from whalelib.data import NEW_WHALE
+from whalelib.data import NEW_WHALE, open_catalog
+from whalelib.data.masks import encode_rle
+from whalelib.data.photographs import Photographs
 from whalelib.run import Run, Settings
 
 
@@ -53,3 +55,18 @@ def six_animals(places, monkeypatch):
     ).to_csv(folder / "boxes.csv", index=False)
     monkeypatch.setattr("whalelib.run.sources_hash", lambda *others: "as it is")
     return Run("03_15", Settings(data=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Three animals with four, two and one photographs, three strangers; at (16, 32), left and right halves differ."""
+    folder = tmp_path_factory.mktemp("animals")
+    rng = np.random.default_rng(0)
+    for name, count in {"ada": 4, "bo": 2, "cy": 1, NEW_WHALE: 3}.items():
+        (folder / name).mkdir()
+        for number in range(count):
+            pixels = rng.integers(0, 256, (20, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}{number}.png")
+    catalog = open_catalog(folder)
+    catalog.table["rle"] = encode_rle(np.arange(192 * 384).reshape(192, 384) % 384 < 192)
+    return Photographs(catalog, (16, 32), masks=True)

@@ -7,13 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from whalelib import augment
-from whalelib.data import NEW_WHALE, open_catalog
+from whalelib.data import NEW_WHALE
 from whalelib.data.batches import Doubled, Portions, PxK
-from whalelib.data.masks import encode_rle
 from whalelib.data.photographs import Photographs
 from whalelib.train import epoch_batches, fit
 
@@ -21,21 +19,6 @@ SIZE = (16, 32)
 SIZES = {"ada": 4, "bo": 2, "cy": 1, NEW_WHALE: 3}
 SET = os.environ.get("WHALE_REFERENCE", "")
 NEW = 10008
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """Three animals with four, two and one photographs, and three strangers; the mask is the left half."""
-    folder = tmp_path_factory.mktemp("animals")
-    rng = np.random.default_rng(0)
-    for name, count in SIZES.items():
-        (folder / name).mkdir()
-        for number in range(count):
-            pixels = rng.integers(0, 256, (20, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{name}{number}.png")
-    catalog = open_catalog(folder)
-    catalog.table["rle"] = encode_rle(np.arange(192 * 384).reshape(192, 384) % 384 < 192)
-    return Photographs(catalog, SIZE, masks=True)
 
 
 # ---------------------------------------------------------------- every photograph twice

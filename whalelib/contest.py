@@ -162,10 +162,7 @@ def write_submission(images: Sequence[str], predictions, path: Path | str) -> Pa
     ]
     if spaced:
         raise ValueError(f"a label with a space cannot be written: {list(predictions[spaced[0]])}")
-    texts = [
-        " ".join(str(label) for label in row if not (pd.isna(label) or label == "")) for row in predictions
-    ]
-    frame = pd.DataFrame({"Image": images, "Id": texts})
+    frame = _submission(images, predictions)
     problems = check_submission(frame)
     if problems:
         raise SubmissionError(str(path), problems)
@@ -173,6 +170,14 @@ def write_submission(images: Sequence[str], predictions, path: Path | str) -> Pa
     with replacing(path) as part:
         frame.to_csv(part, index=False, lineterminator="\n")
     return path
+
+
+def _submission(images: Sequence[str], predictions: np.ndarray) -> pd.DataFrame:
+    """Return the rows of a submission; None, NaN and "" are no label."""
+    texts = [
+        " ".join(str(label) for label in row if not (pd.isna(label) or label == "")) for row in predictions
+    ]
+    return pd.DataFrame({"Image": images, "Id": texts})
 
 
 def commonest(identities: Iterable[str]) -> list[str]:
@@ -265,8 +270,7 @@ class Contest:
 
     def score_guesses(self, images: Sequence[str], guesses: np.ndarray) -> Score:
         """Score guesses (Q, 5), best first, None being none, of Q photographs; as `score`."""
-        ids = [" ".join(name for name in row if name) for row in guesses]
-        return self.score(pd.DataFrame({"Image": images, "Id": ids}))
+        return self.score(_submission(images, guesses))
 
 
 def _grader(images: list[str], truth: np.ndarray, public: np.ndarray) -> Callable[..., Score]:

@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from whalelib import augment, locate
 from whalelib.data import Catalog, read_image, statistics
-from whalelib.data.catalog import problem_table
 from whalelib.data.images import Box
 from whalelib.data.layouts import BOX, Problems
 from whalelib.data.photographs import Photographs, as_tensor
@@ -664,12 +663,7 @@ def located(run: Run, *, boxes: Path | str | None = None, margin: float | None =
             crop_box(box, size, margin) for box, size in zip(table[list(BOX)].to_numpy(), shape, strict=True)
         ]
         table[list(BOX)] = np.reshape(crops, (-1, 4))
-    if problems:
-        print(replace(catalog, problems=problem_table(problems)).report_problems())
-    if whole := int((table["box_from"] == "whole").sum()):
-        print(f"No fluke found in {whole:,} of {len(table):,} photographs: they are taken whole.")
-    known = pd.concat([catalog.problems, problem_table(problems)], ignore_index=True)
-    return replace(catalog, table=table, problems=known)
+    return locate.with_boxes(catalog, table, problems)
 
 
 # How good they are

@@ -368,6 +368,11 @@ def located(
     )
     scaled = [_scaled(own[i], *shape[i], margin) for i in np.flatnonzero(bare)]
     table.loc[bare, list(BOX)] = np.reshape(scaled, (-1, 4))
+    return with_boxes(catalog, table, problems)
+
+
+def with_boxes(catalog: Catalog, table: pd.DataFrame, problems: Problems) -> Catalog:
+    """Return a catalog with a table of boxes; tell the problems, and how many photographs are taken whole."""
     if problems:
         print(replace(catalog, problems=problem_table(problems)).report_problems())
     if whole := int((table["box_from"] == "whole").sum()):

@@ -358,6 +358,15 @@ def second_place_lite(variant: int = 0, pretrained: bool = True) -> FeatureMap:
     return FeatureMap(network, network.num_features, late)
 
 
+def _expect_pixels(
+    module: nn.Module, mean: float | tuple[float, ...], std: float | tuple[float, ...]
+) -> None:
+    """Keep the mean and the deviation of the pixels that a network expects, as buffers that no file holds."""
+    for name, value in {"mean": mean, "std": std}.items():
+        of_channels = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+        module.register_buffer(name, of_channels, persistent=False)
+
+
 class FirstPlace(nn.Module):
     """The first solution's network: a backbone, a global and a local head (sections 3.3 and 3.3.2, Figure 3.7).
 
@@ -411,9 +420,7 @@ class FirstPlace(nn.Module):
             norm.bias.requires_grad_(False)
         self.identities, self.edition = identities, edition
         self.dropout, self.dropout_always = dropout, shipped
-        for name, value in {"mean": 0.0 if shipped else mean, "std": 1.0 if shipped else std}.items():
-            of_channels = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
-            self.register_buffer(name, of_channels, persistent=False)
+        _expect_pixels(self, 0.0 if shipped else mean, 1.0 if shipped else std)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Return the backbone's map (N, F, h, w) of images (..., 4, H, W), RGB and mask, from 0 to 1."""
@@ -492,9 +499,7 @@ class SecondPlace(nn.Module):
         self.neck.bias.requires_grad_(False)
         self.backbone.freeze()
         self.identities, self.edition = identities, edition
-        for name, value in {"mean": mean, "std": std}.items():
-            of_channels = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
-            self.register_buffer(name, of_channels, persistent=False)
+        _expect_pixels(self, mean, std)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Return features (N, F), rows of length 1, of images (N, 3, H, W), RGB, from 0 to 1."""

@@ -10,6 +10,7 @@ other, `as_described` follows the report and `as_shipped` the code; every part n
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -257,15 +258,27 @@ def trained(run: Run, choices: Choices | None = None) -> Trained:
     folder = run.folder("first", apart=APART, **key)
     model = network(settings.profile, len(here.known), settings.edition, settings.seed, choices.bias)
     model.to(run.device)
+    history = trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder))
+    return Trained(model, here, history)
+
+
+def trained_or_kept(model: torch.nn.Module, folder: Path, train: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """Give a model the weights that its folder keeps, and return their history; without them train it first.
+
+    Args:
+        model: of the shape that the weights are for.
+        folder: of the cache.
+        train: trains the model and returns the history.
+    """
     log = folder / "history.csv"
     with locked(folder):
         if not log.exists():
-            history = _train(run, choices, model, here, folder)
+            history = train()
             save_weights(model, folder / "trained.safetensors")
             with replacing(log) as part:
                 history.to_csv(part, index=False)
     load_weights(model, folder / "trained.safetensors")
-    return Trained(model, here, pd.read_csv(log))
+    return pd.read_csv(log)
 
 
 def _train(run: Run, choices: Choices, model: FirstPlace, here: Parts, folder: Path) -> pd.DataFrame:

@@ -73,7 +73,7 @@ def full_step(
             ]
             model = second.network("paper", WHALES, edition, seed, backbone)
             options = {"batch_size": 4 * groups, "optimizer": second.optimizer}
-            loss = second.Loss(edition, steps, 0.0 if edition == "as_shipped" else 0.5)
+            loss = second.Loss(edition, steps, second.MARGIN[edition])
     history = fit(
         model,
         batch,

@@ -21,7 +21,6 @@ import torch
 
 from whalelib import augment, keypoints
 from whalelib.data.batches import Doubled, Portions, PxK
-from whalelib.files import locked, replacing
 from whalelib.identify import choose_threshold, hold_out, pseudo_labels, top5
 from whalelib.losses import arcface, euclidean, focal, triplet
 from whalelib.metrics import map_at_k
@@ -38,12 +37,16 @@ from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import BY, Mirrored, Parts
 from whalelib.run import Run
-from whalelib.train import fit, load_best, load_weights, save_weights
+from whalelib.train import fit, load_best
 
 SIZES = {"lab": ((96, 192), (96, 96)), "paper": ((256, 512), (512, 512))}  # (H, W); the first is the default
 BACKBONES = {"lab": ("lite0", "lite1", "lite2"), "paper": SECOND_PLACE_BACKBONES}
 BATCH = {"lab": 32, "paper": 64}
 RATE = {"lab": 1e-3, "paper": 3e-4}  # the highest
+MARGIN = {
+    "as_described": 0.5,
+    "as_shipped": 0.0,
+}  # radians; the shipped code never applies its margin in training
 EPOCHS = 100
 NEW = 0.185  # what every file says of new_whale in the shipped ensemble
 PSEUDO_SHARE = 1505 / 7960  # of the test photographs got a pseudo label (section 4.2)
@@ -67,7 +70,7 @@ MODELS = {
 }
 
 # Sources that a trained network does not depend on, but through its photographs and boxes, which are in the key.
-APART = tuple({*first.APART, "data/quadruplets.py"} - {"data/batches.py", "recipes/second.py"})
+APART = tuple(sorted({*first.APART, "data/quadruplets.py"} - {"data/batches.py", "recipes/second.py"}))
 
 
 @dataclass(frozen=True)
@@ -211,23 +214,16 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     budget = first.budget(profile, here) * choices.images
     if choices.pseudo:
         here = with_pseudo_labels(run, here, choices)
-    margin = (0.0 if edition == "as_shipped" else 0.5) if choices.margin is None else choices.margin
+    margin = MARGIN[edition] if choices.margin is None else choices.margin
     backbone = choices.backbone or BACKBONES[profile][0]
     choices = replace(choices, backbone=backbone, batch=choices.batch or BATCH[profile], margin=margin)
     data = [part.fingerprint for part in (here.rest, here.held)]
-    given = bool(_weights(backbone)) if profile == "paper" else False
+    given = profile == "paper" and bool(_weights(backbone))
     key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
     folder = run.folder("second", apart=APART, **key)
     model = network(profile, len(here.known), edition, settings.seed, backbone).to(run.device)
-    log = folder / "history.csv"
-    with locked(folder):
-        if not log.exists():
-            history = _train(run, choices, model, here, folder, budget)
-            save_weights(model, folder / "trained.safetensors")
-            with replacing(log) as part:
-                history.to_csv(part, index=False)
-    load_weights(model, folder / "trained.safetensors")
-    return first.Trained(model, here, pd.read_csv(log))
+    history = first.trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder, budget))
+    return first.Trained(model, here, history)
 
 
 def _train(
