@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from whalelib.identify import blend, top_probabilities
+from whalelib.identify import blend
 from whalelib.losses import arcface, euclidean, focal, triplet
-from whalelib.recipes import first, second
+from whalelib.recipes import second
 from whalelib.run import Run
 
 CHOICES = second.Choices(batch=16, size=(32, 64), images=2.0)
@@ -90,11 +91,34 @@ def test_a_vote_is_the_shipped_blend(six_animals):
     here, networks, shares = one.parts, [one, other], [1, 2]
     files = []
     for trained in networks:
-        found = first.both_probabilities(trained.model, here.photographs(here.held))
-        files += [top_probabilities(view, here.known, here.held.table["image"]) for view in found]
+        found = second.files(trained)
+        files += [
+            found[(found["part"] == "held") & (found["view"] == view)] for view in ("plain", "mirrored")
+        ]
     expected, _ = blend(files, [1, 1, 2, 2], 0.3)
     similarity = second.votes(networks, "held", shares)
     assert second.top5(similarity, here.known, 0.3).tolist() == expected.tolist()
+
+
+def test_files_are_kept_with_the_others_in_place_of_earlier_ones(places, monkeypatch):
+    monkeypatch.setattr(second, "ledger_path", lambda: places / "results" / "ledger.csv")
+    row = {"data": "world", "edition": "as_described", "seed": 0, "part": "held", "view": "plain"}
+    row |= {"image": "a.jpg", "identity": "w_1"}
+    for model, probability in (("b", 0.25), ("a", 0.5), ("b", 0.1234567)):
+        second._keep(pd.DataFrame([{**row, "model": model, "probability": probability}]))
+    kept = pd.read_csv(second.kept_files())
+    assert kept["model"].tolist() == ["a", "b"]
+    assert kept["probability"].tolist() == [0.5, 0.12346]
+
+
+def test_what_starts_from_nothing_may_learn_faster():
+    model = second.network("lab", 3, "as_described", 0)
+    groups = second.optimizer(model, 1e-3, 10).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([1e-3, 1e-2])
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+    assert (
+        len(groups[1]["params"]) == 4
+    )  # of the normalisation its weight, of the heads directions, weight, bias
 
 
 def test_only_the_five_most_probable_count():

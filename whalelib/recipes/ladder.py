@@ -1,12 +1,13 @@
-"""From the baseline to the first place recipe, one part at a time: `python -m whalelib.recipes.ladder DATA`.
+"""From the baseline to a recipe, one part at a time: `python -m whalelib.recipes.ladder first|second DATA`.
 
-Every rung adds one thing to the rung before and sees as many images of the same size. The scores go to the ledger under
-notebook 03_16, which shows them: they say which part of the recipe helps at a laptop's budget, and which does not.
+Every rung adds one thing to the rung before and sees as many images of the same size. The scores go to the ledger of
+notebook 03_16 or 04_17, which say by them which part of a recipe helps at a laptop's budget, and which does not.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,20 +19,32 @@ from whalelib.contest import Contest
 from whalelib.data.photographs import Photographs, as_tensor, transformed
 from whalelib.ledger import append_ledger
 from whalelib.losses import cross_entropy, euclidean, triplet
-from whalelib.models import FirstPlace
-from whalelib.recipes import baseline, first
+from whalelib.models import FirstPlace, SecondPlace
+from whalelib.recipes import baseline, first, second
 from whalelib.run import EDITIONS, Run, Settings
 from whalelib.train import fit
 
 SIZE = (64, 128)
-RUNGS = (
-    "the baseline",
-    "and boxes",
-    "and Table 3.1",
-    "and mirrored flukes as whales",
-    "and masks, both heads, triplet losses",
-    "the recipe: quadruplets, binary cross-entropy, three steps",
-)
+RUNGS = {
+    "first": (
+        "the baseline",
+        "and boxes",
+        "and Table 3.1",
+        "and mirrored flukes as whales",
+        "and masks, both heads, triplet losses",
+        "the recipe: quadruplets, binary cross-entropy, three steps",
+    ),
+    "second": (
+        "the baseline",
+        "and boxes",
+        "and Table 4.1",
+        "and mirrored flukes as whales",
+        "and two heads, three losses",
+        "the recipe: batches of pairs, a quarter of them new whales",
+        "batches of fours",
+    ),
+}
+NOTEBOOKS = {"first": "03_16", "second": "04_17"}
 
 
 class Mirrored(Dataset):
@@ -58,34 +71,45 @@ class Mirrored(Dataset):
         return {"image": as_tensor(pixels), "label": label, "index": index}
 
 
-def climb(run: Run, rungs: range = range(len(RUNGS))) -> dict[str, float]:
-    """Return MAP@5 on the test photographs of each rung, all named by neighbours."""
+def climb(run: Run, recipe: str, rungs: Sequence[int] | None = None) -> dict[str, float]:
+    """Return MAP@5 on the test photographs of each rung, or of those asked for, all named by neighbours.
+
+    recipe: "first" or "second".
+    """
     contest = Contest.open(run.catalog)
-    here = replace(first.parts(run), size=SIZE)
+    here = replace(first.parts(run), size=SIZE) if recipe == "first" else second.parts(run, SIZE)
     scores = {}
-    for rung in rungs:
-        if rung == len(RUNGS) - 1:
-            guesses = first.answer(first.trained(run, first.Choices(size=SIZE)), "neighbours").guesses
-        else:
-            guesses = _guesses(rung, run, here)
-        scores[RUNGS[rung]] = contest.score_guesses(here.queries.table["image"], guesses).all
-        print(f"{RUNGS[rung]}: {scores[RUNGS[rung]]:.4f}", flush=True)
+    for rung in range(len(RUNGS[recipe])) if rungs is None else rungs:
+        name = RUNGS[recipe][rung]
+        guesses = _recipe(recipe, rung, run) if rung >= 5 else _guesses(recipe, rung, run, here)
+        scores[name] = contest.score_guesses(here.queries.table["image"], guesses).all
+        print(f"{name}: {scores[name]:.4f}", flush=True)
     return scores
 
 
-def _guesses(rung: int, run: Run, here: first.Parts) -> np.ndarray:
+def _recipe(recipe: str, rung: int, run: Run) -> np.ndarray:
+    if recipe == "first":
+        return first.answer(first.trained(run, first.Choices(size=SIZE)), "neighbours").guesses
+    group = {5: None, 6: second.GROUP["paper"]}[rung]
+    return second.answer(second.trained(run, second.Choices(size=SIZE, group=group)), "neighbours").guesses
+
+
+def _guesses(recipe: str, rung: int, run: Run, here: first.Parts) -> np.ndarray:
     """Train a rung below the recipe, and name the queries' whales."""
     seed, edition, profile = run.settings.seed, run.settings.edition, run.settings.profile
-    options = {"masks": rung >= 4, "crop": "box" if rung >= 1 else None}
-    transform = augment.first_place(SIZE, edition) if rung >= 2 else augment.baseline(SIZE)
+    options = {"masks": recipe == "first" and rung >= 4, "crop": "box" if rung >= 1 else None}
+    drawn = {"first": augment.first_place, "second": augment.second_place}[recipe]
+    transform = drawn(SIZE, edition) if rung >= 2 else augment.baseline(SIZE)
     named = here.photographs(baseline.named(here.rest), transform, **options)
-    whales = len(here.known)
+    whales, epochs = len(here.known), baseline.epochs(profile, len(named))
     if rung < 4:
         model = baseline.network(whales * (2 if rung >= 3 else 1), seed)
         optimizer, loss = baseline.optimizer, baseline.loss
-    else:
+    elif recipe == "first":
         model, optimizer, loss = FirstPlace(whales, edition=edition, seed=seed), _optimizer, _loss
-    epochs = baseline.epochs(profile, len(named))
+    else:
+        model, optimizer = SecondPlace(whales, edition=edition, seed=seed), _optimizer
+        loss = second.Loss(edition, epochs, second.MARGIN[edition])
     fit(
         model,
         Mirrored(named) if rung >= 3 else named,
@@ -101,7 +125,7 @@ def _guesses(rung: int, run: Run, here: first.Parts) -> np.ndarray:
     return baseline.answer(views, *photographs).guesses
 
 
-def _optimizer(model: FirstPlace) -> torch.optim.Optimizer:
+def _optimizer(model: FirstPlace | SecondPlace) -> torch.optim.Optimizer:
     new = [p for name, p in model.named_parameters() if not name.startswith("backbone.") and p.requires_grad]
     groups = [{"params": list(model.backbone.parameters())}, {"params": new, "lr": 1e-2}]
     return torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-2)
@@ -118,18 +142,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m whalelib.recipes.ladder", description=__doc__.split("\n", maxsplit=1)[0]
     )
+    parser.add_argument("recipe", choices=RUNGS)
     parser.add_argument("data", help="world, or a folder with test labels")
     parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rungs", type=int, nargs="+", default=range(len(RUNGS)), help="0 to 5")
+    parser.add_argument("--rungs", type=int, nargs="+", help="from 0; default all")
     parser.add_argument(
         "--allow-dirty", action="store_true", help="enter values of code that is not committed"
     )
     chosen = parser.parse_args(arguments)
     started = time.monotonic()
-    run = Run("03_16", Settings(data=chosen.data, edition=chosen.edition, seed=chosen.seed))
-    scores = climb(run, chosen.rungs)
-    about = {"notebook": "03_16", "command": "python -m whalelib.recipes.ladder", "profile": "lab"}
+    run = Run(NOTEBOOKS[chosen.recipe], Settings(data=chosen.data, edition=chosen.edition, seed=chosen.seed))
+    scores = climb(run, chosen.recipe, chosen.rungs)
+    about = {"notebook": NOTEBOOKS[chosen.recipe], "profile": "lab"}
+    about |= {"command": f"python -m whalelib.recipes.ladder {chosen.recipe}"}
     about |= {"data": run.settings.public_data, "edition": chosen.edition, "seed": chosen.seed}
     about |= {"device": run.device_name, "seconds": round(time.monotonic() - started, 1)}
     rows = [

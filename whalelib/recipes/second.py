@@ -8,7 +8,10 @@ Editions. Where the report says nothing, both do what the solution's code does. 
 other, `as_described` follows the report, its slips mended, and `as_shipped` the code.
 """
 
+import argparse
 import os
+import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +23,11 @@ import pandas as pd
 import torch
 
 from whalelib import augment, keypoints
+from whalelib.contest import Contest
 from whalelib.data.batches import Doubled, Portions, PxK
-from whalelib.identify import choose_threshold, hold_out, pseudo_labels, top5
+from whalelib.files import locked, replacing
+from whalelib.identify import choose_threshold, hold_out, pseudo_labels, top5, top_probabilities
+from whalelib.ledger import append_ledger, ledger_path
 from whalelib.losses import arcface, euclidean, focal, triplet
 from whalelib.metrics import map_at_k
 from whalelib.models import (
@@ -36,13 +42,15 @@ from whalelib.models import (
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import BY, Mirrored, Parts
-from whalelib.run import Run
+from whalelib.run import EDITIONS, Run, Settings
 from whalelib.train import fit, load_best
 
 SIZES = {"lab": ((96, 192), (96, 96)), "paper": ((256, 512), (512, 512))}  # (H, W); the first is the default
 BACKBONES = {"lab": ("lite0", "lite1", "lite2"), "paper": SECOND_PLACE_BACKBONES}
 BATCH = {"lab": 32, "paper": 64}
+GROUP = {"lab": 2, "paper": 4}  # images of a whale in a batch; as shipped always 4, its triplets need them
 RATE = {"lab": 1e-3, "paper": 3e-4}  # the highest
+NEW_RATE = {"lab": 10, "paper": 1}  # times that, for what starts from nothing
 MARGIN = {
     "as_described": 0.5,
     "as_shipped": 0.0,
@@ -87,6 +95,7 @@ class Choices:
     pseudo: bool = False
     margin: float | None = None
     batch: int | None = None
+    group: int | None = None
     images: float = 1.0
 
 
@@ -139,10 +148,16 @@ class Loss:
         return {"loss": total, **parts, "MAP@5": first.batch_map(logits.detach(), labels)}
 
 
-def optimizer(model: SecondPlace, rate: float = RATE["paper"]) -> torch.optim.Optimizer:
-    """Return Adam with betas (.9, .999) and weight decay 2e-4 in the gradient, over what is not frozen."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.999), weight_decay=2e-4)
+def optimizer(model: SecondPlace, rate: float = RATE["paper"], new: float = 1) -> torch.optim.Optimizer:
+    """Return Adam with betas (.9, .999) and weight decay 2e-4 in the gradient, over what is not frozen.
+
+    rate: of the backbone; new: times that, for neck and heads, which start from nothing.
+    """
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fresh = [p for name, p in learned.items() if not name.startswith("backbone.")]
+    groups = [{"params": [p for name, p in learned.items() if name.startswith("backbone.")]}]
+    groups += [{"params": fresh, "lr": rate * new}]
+    return torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.999), weight_decay=2e-4)
 
 
 def network(
@@ -216,7 +231,9 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
         here = with_pseudo_labels(run, here, choices)
     margin = MARGIN[edition] if choices.margin is None else choices.margin
     backbone = choices.backbone or BACKBONES[profile][0]
-    choices = replace(choices, backbone=backbone, batch=choices.batch or BATCH[profile], margin=margin)
+    group = GROUP["paper" if edition == "as_shipped" else profile]
+    chosen = {"batch": choices.batch or BATCH[profile], "group": choices.group or group}
+    choices = replace(choices, backbone=backbone, margin=margin, **chosen)
     data = [part.fingerprint for part in (here.rest, here.held)]
     given = profile == "paper" and bool(_weights(backbone))
     key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
@@ -233,7 +250,7 @@ def _train(
     pixels = run.folder("second-pixels", size=here.size)
     data = Doubled(here.photographs(here.rest, augment.second_place(here.size, edition), folder=pixels))
     held = here.photographs(here.held, folder=pixels)
-    sampler = PxK(data.labels, choices.batch, data.new, seed=seed)
+    sampler = PxK(data.labels, choices.batch, data.new, images=choices.group, seed=seed)
     epochs = EPOCHS if profile == "paper" else 20
     portion = max(1, round(budget / choices.batch / epochs))
     best = "valid MAP@5" if profile == "paper" else None
@@ -244,7 +261,7 @@ def _train(
         epochs=epochs,
         folder=folder,
         batch_size=choices.batch,
-        optimizer=partial(optimizer, rate=RATE[profile]),
+        optimizer=partial(optimizer, rate=RATE[profile], new=NEW_RATE[profile]),
         schedule=partial(rate_factor, epochs=epochs),
         sampler=Portions(sampler, portion),
         seed=seed,
@@ -320,7 +337,77 @@ def answer(
     return Answer(top5(found, known, new), float(new), float(score), found, np.array(known, dtype=object))
 
 
-def ensemble(run: Run, models: str = "abcdefghij", images: float = 1.0) -> dict[str, first.Trained]:
-    """Train some of Table 4.2's ten networks, or fetch them from the cache, by their letters."""
-    profile = run.settings.profile
-    return {name: trained(run, choices_of(profile, name, images)) for name in models}
+def kept_files() -> Path:
+    """Return where what the ten networks said is kept, beside the ledger: what `files` returns, and whose it is."""
+    return ledger_path().parent / "second_place_files.csv.gz"
+
+
+def files(network: first.Trained) -> pd.DataFrame:
+    """Return a network's files as the solution keeps them: five whales of each photograph and mirror image.
+
+    Columns: part ("held" or "queries"), view ("plain" or "mirrored"), and those of `identify.top_probabilities`.
+    """
+    here, found = network.parts, []
+    for part in ("held", "queries"):
+        catalog = getattr(here, part)
+        if not len(catalog):
+            continue
+        views = first.both_probabilities(network.model, here.photographs(catalog))
+        for view, probability in zip(("plain", "mirrored"), views, strict=True):
+            rows = top_probabilities(probability, here.known, catalog.table["image"], TOP)
+            found.append(rows.assign(part=part, view=view))
+    return pd.concat(found, ignore_index=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train some of Table 4.2's ten networks; keep their files, and their scores in the ledger."""
+    parser = argparse.ArgumentParser(prog="python -m whalelib.recipes.second", description=main.__doc__)
+    parser.add_argument("data", help="world, or a folder with test labels")
+    parser.add_argument("--models", default="".join(MODELS), help="their letters (default: all)")
+    parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="keep values of code that is not committed"
+    )
+    chosen = parser.parse_args(arguments)
+    run = Run("04_16", Settings(data=chosen.data, edition=chosen.edition, seed=chosen.seed))
+    contest = Contest.open(run.catalog)
+    about = {"data": run.settings.public_data, "edition": chosen.edition, "seed": chosen.seed}
+    for name in chosen.models:
+        started = time.monotonic()
+        network = trained(run, choices_of("lab", name))
+        images = network.parts.queries.table["image"]
+        scores = {
+            f"MAP@5, model {name}, by {by}": contest.score_guesses(images, answer(network, by).guesses).all
+            for by in BY
+        }
+        whose = {
+            "notebook": "04_16",
+            "command": "python -m whalelib.recipes.second",
+            "profile": "lab",
+            **about,
+        }
+        whose |= {"device": run.device_name, "seconds": round(time.monotonic() - started, 1)}
+        rows = [{**whose, "metric": metric, "value": round(score, 4)} for metric, score in scores.items()]
+        append_ledger(rows, allow_dirty=chosen.allow_dirty)
+        _keep(files(network).assign(**about, model=name))
+        print(name, {metric: round(score, 4) for metric, score in scores.items()}, flush=True)
+    return 0
+
+
+def _keep(rows: pd.DataFrame) -> None:
+    """Put a network's files with the others', in place of its earlier ones."""
+    path, whose = kept_files(), ["data", "edition", "seed", "model"]
+    with locked(path.parent):
+        if path.exists():
+            kept = pd.read_csv(path)
+            same = (kept[whose] == rows[whose].iloc[0]).all(axis=1)
+            rows = pd.concat([kept[~same], rows], ignore_index=True)
+        order = [*whose, "part", "view", "image", "identity", "probability"]
+        rows = rows[order].sort_values(order[:-3], kind="stable").round({"probability": 5})
+        with replacing(path) as part:
+            rows.to_csv(part, index=False, compression={"method": "gzip", "mtime": 0})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
