@@ -96,7 +96,7 @@ def read_ledger(path: Path | None = None) -> "pd.DataFrame":
 def commit_of(folder: Path | None = None, allow_dirty: bool = False) -> str:
     """Return the short commit that ``folder`` is at, with ``+dirty`` appended when its files differ.
 
-    The ledger itself may differ: it does after every entry.
+    The ledger and what is kept beside it may differ: they do after every entry.
 
     Raises:
         LedgerError: no git repository, or uncommitted changes without ``allow_dirty``.
@@ -110,7 +110,7 @@ def commit_of(folder: Path | None = None, allow_dirty: bool = False) -> str:
         return run.stdout
 
     commit = git("rev-parse", "--short=12", "HEAD").strip()
-    changed = git("status", "--porcelain", "--", ".", ":(exclude)data/results/ledger.csv").splitlines()
+    changed = git("status", "--porcelain", "--", ".", ":(exclude)data/results").splitlines()
     if changed and not allow_dirty:
         listed = "\n".join(f"  {line}" for line in changed[:10])
         raise LedgerError(
