@@ -12,13 +12,15 @@ EDITION = as_described
 SEED = 0
 DEVICE = auto
 NOTEBOOKS =
+# Notebooks, or tests, at a time.
+JOBS = auto
 # Where things are.
 VENV = .venv
 BUILD = build
 # `make ledger` with uncommitted changes: the rows' commit is marked +dirty.
 ALLOW_DIRTY =
 
-KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS VENV BUILD ALLOW_DIRTY WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE
+KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
 ifneq ($(UNKNOWN),)
@@ -29,7 +31,7 @@ $(error ALLOW_DIRTY = $(ALLOW_DIRTY): leave it empty or give 1)
 endif
 
 # Exported, so that recipes can quote them whatever characters they hold.
-export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS BUILD
+export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD
 ifneq ($(WHALE_REFERENCE),)
 REFERENCE := $(shell cd '$(WHALE_REFERENCE)' 2>/dev/null && pwd)
 ifeq ($(REFERENCE),)
@@ -61,6 +63,8 @@ help:
 	@echo '  SEED=0                  a whole number; for ledger also several: SEED=0,1,2'
 	@echo '  DEVICE=auto             auto, cpu or cuda'
 	@echo '  NOTEBOOKS="02_* 01_02"  only these (course, figures, ledger, refresh)'
+	@echo '  JOBS=auto               how many at a time (course, figures, test): a number; auto is one more than there are'
+	@echo '                          cores, 4 at most, and 1 where each needs the whole machine (paper, cuda)'
 	@echo '  BUILD=build             where executed notebooks, pages and results go'
 	@echo '  VENV=.venv              the Python environment; made when missing'
 	@echo '  ALLOW_DIRTY=1           ledger only: enter values of code that is not committed'
@@ -92,10 +96,10 @@ install: $(PYTHON)
 
 # ---- what there is to make
 course: install
-	@$(PYTHON) -m whalelib.course run $(CHOICE)
+	@$(PYTHON) -m whalelib.course run $(CHOICE) --jobs "$$JOBS"
 
 figures: install
-	@$(PYTHON) -m whalelib.course figures $(CHOICE)
+	@$(PYTHON) -m whalelib.course figures $(CHOICE) --jobs "$$JOBS"
 
 ledger: install
 	@$(PYTHON) -m whalelib.course ledger $(CHOICE) $(if $(ALLOW_DIRTY),--allow-dirty)
@@ -115,8 +119,9 @@ test:
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@echo '[3/3] tests, then every notebook cell by cell'
-	@WHALE_FIGURES=build/test/figures WHALE_RESULTS=build/test/results \
-	  $(PYTHON) -m pytest --nbval-lax --nbval-cell-timeout=1200 --timeout=1300 tests notebooks
+	@WHALE_FIGURES=build/test/figures WHALE_RESULTS=build/test/results OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" \
+	  $(PYTHON) -m pytest -n "$$JOBS" --dist loadfile --no-loadscope-reorder \
+	  --nbval-lax --nbval-cell-timeout=1200 --timeout=1300 tests notebooks
 
 clean:
 	rm -rf build data/cache .pytest_cache .ruff_cache .hypothesis

@@ -11,6 +11,13 @@ from whalelib.data.photographs import Photographs
 from whalelib.run import Run, Settings
 
 
+def pytest_xdist_auto_num_workers():
+    """Run as many tests at a time as the course runs notebooks."""
+    from whalelib.course.runner import AT_ONCE  # noqa: PLC0415
+
+    return AT_ONCE
+
+
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """Send everything that a run writes into a folder of this test, and return that folder."""

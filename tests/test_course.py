@@ -19,12 +19,14 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from whalelib.course import __main__ as command
-from whalelib.course import execute
+from whalelib.course import execute, runner
 from whalelib.course.execute import load, up_to_date
 from whalelib.course.notebooks import CourseError, Notebook, discover
 from whalelib.course.pages import mathml
 from whalelib.course.results import shown
+from whalelib.course.runner import jobs_of
 from whalelib.ledger import LEDGER_COLUMNS, project_root, read_rows
+from whalelib.run import Settings
 
 PARAMETERS = 'data = "world"\nprofile = "lab"\nedition = "as_described"\nseed = 0\ndevice = "auto"'
 BEGIN = (
@@ -181,6 +183,85 @@ def test_executed_copies_name_no_folder_of_this_machine(mixed):
         assert str(mixed.place) not in str(row)
 
 
+def test_progress_counts_what_is_done_and_names_what_runs(mixed):
+    lines = re.findall(r"^\[(\d+)/8\] .*$", mixed.printed, re.M)
+    assert lines == [str(number) for number in range(1, 9)]
+    assert re.search(r"^running: 01_01(, \w+)*$", mixed.printed, re.M)
+
+
+# ---- several at a time
+
+WAIT = "import os, pathlib, time\nhere = pathlib.Path({!r})\n"
+MEET = WAIT + (
+    "(here / '{}').write_text('')\nbegan = time.monotonic()\n"
+    "while len(list(here.iterdir())) < 2:\n    assert time.monotonic() - began < 120\n    time.sleep(0.05)"
+)
+THREADS = "run.record('threads', os.environ.get('OMP_NUM_THREADS', 'free'))"
+
+
+def test_several_at_a_time_share_the_cores_and_are_told_in_order(course, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runner, "CORES", 6)
+    here = course.place / "here"
+    here.mkdir()
+    for number in ("01_01", "01_02"):
+        more = "time.sleep(2)" if number == "01_01" else "1"
+        write(
+            course.notebooks,
+            f"{number}_a",
+            MEET.format(str(here), number),
+            more,
+            BEGIN.format(number),
+            THREADS,
+        )
+    code, printed = course.run(capsys, "run", "--jobs", "2")
+    assert code == 0, printed
+    assert "running: 01_01, 01_02\n" in printed
+    assert re.findall(r"^\[(.*)/2\] (\w+) .*?(?:; (.*))?$", printed, re.M) == [
+        ("1", "01_02", "running: 01_01"),
+        ("2", "01_01", ""),
+    ]
+    rows = [row for row in read_rows(course.build / "results.csv") if row["metric"] == "threads"]
+    assert [(row["notebook"], row["value"]) for row in rows] == [("01_01", "3"), ("01_02", "3")]
+    assert re.findall(r"^(01_0\d) +threads", printed, re.M) == ["01_01", "01_02"]
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    course.run(capsys, "run", "--jobs", "2", "--force", "--notebooks", "01_02")
+    assert read_rows(course.build / "results.csv")[-1]["value"] == "5", "what the user sets stands"
+
+
+def test_one_at_a_time_has_all_cores(course, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    write(course.notebooks, "01_01_a", "import os", BEGIN.format("01_01"), THREADS)
+    course.run(capsys, "run", "--jobs", "1")
+    assert read_rows(course.build / "results.csv")[-1]["value"] == "free"
+
+
+def test_auto_is_one_where_a_notebook_needs_the_whole_machine(monkeypatch):
+    monkeypatch.setattr(runner.Run, "device", "cpu")
+    assert jobs_of("auto", Settings()) == runner.AT_ONCE
+    assert jobs_of("auto", Settings(profile="paper")) == 1
+    assert jobs_of("auto", Settings(device="cuda")) == 1
+    assert jobs_of("3", Settings(device="cuda")) == 3
+    monkeypatch.setattr(runner.Run, "device", "cuda")
+    assert jobs_of("auto", Settings()) == 1
+
+
+def test_a_process_that_dies_is_its_own_notebooks_failure(course, capsys):
+    killed = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)"
+    write(course.notebooks, "01_01_killed", "1")
+    write(course.notebooks, "01_02_lives", "1")
+    assert course.run(capsys)[0] == 0
+    write(course.notebooks, "01_01_killed", killed)
+    write(course.notebooks, "01_02_lives", "2")
+    code, printed = course.run(capsys)
+    assert code == 1
+    assert "ProcessLost: the process that executed it was killed by SIGKILL" in state_of(printed, "01_01")
+    assert state_of(printed, "01_02").startswith("ok ")
+    assert "killed by SIGKILL" in course.page("01_01_killed")
+    assert not load(course.build, Notebook(course.notebooks / "01_01_killed.ipynb")).ok
+
+
 # ---- pages
 
 
@@ -325,6 +406,8 @@ def test_patterns_choose_in_order(course):
         (["--seed", "x"], "whole number"),
         (["--seed", "0,1"], "whole number"),
         (["--data", "no/such/folder"], "exists"),
+        (["--jobs", "0"], "auto or a whole number from 1"),
+        (["--jobs", "many"], "auto or a whole number from 1"),
     ],
 )
 def test_bad_request_is_one_clear_error(course, capsys, more, told):
@@ -358,12 +441,12 @@ def test_unknown_option_is_an_error(course, more):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_keeps_what_is_finished(course, how):
     write(course.notebooks, "01_01_first", BEGIN.format("01_01"))
-    marker = course.place / "kernel"
-    told = f"pathlib.Path({str(marker)!r}).write_text(str(os.getpid()))"
-    slow = f"import os, pathlib, time\n{told}\ntime.sleep(60)"
-    write(course.notebooks, "01_02_slow", slow)
+    markers = [course.place / name for name in ("one", "two")]
+    for number, marker in enumerate(markers, start=2):
+        told = f"pathlib.Path({str(marker)!r}).write_text(str(os.getpid()))"
+        write(course.notebooks, f"01_0{number}_slow", f"import os, pathlib, time\n{told}\ntime.sleep(600)")
     process = subprocess.Popen(
-        [sys.executable, "-m", "whalelib.course", *course.arguments("run")],
+        [sys.executable, "-m", "whalelib.course", *course.arguments("run", "--jobs", "2")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -371,20 +454,20 @@ def test_interrupt_keeps_what_is_finished(course, how):
         # Whoever runs the tests in the background may have SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
-    deadline = time.monotonic() + 60
-    while not marker.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not all(marker.exists() for marker in markers) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.3)
     process.send_signal(how)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
     assert "goes on from there" in printed
-    kernel = int(marker.read_text())
+    kernels = [Path("/proc", marker.read_text()) for marker in markers]
     for _ in range(100):
-        if not Path(f"/proc/{kernel}").exists():
+        if not any(kernel.exists() for kernel in kernels):
             break
         time.sleep(0.1)
-    assert not Path(f"/proc/{kernel}").exists()
+    assert not any(kernel.exists() for kernel in kernels)
     assert [path.name for path in (course.build / "notebooks").iterdir()] == ["01_01_first.ipynb"]
     assert "not run" in course.page("index")
     first = load(course.build, Notebook(course.notebooks / "01_01_first.ipynb"))

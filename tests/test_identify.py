@@ -159,9 +159,9 @@ def test_the_contests_size_is_quick():
     generator = np.random.default_rng(0)
     similarity = generator.random((7960, 5004), dtype=np.float32)
     identities = np.array([f"w_{i}" for i in range(5004)])
-    began = time.perf_counter()
+    began = time.process_time()
     top5(similarity, identities, 0.999)
-    assert time.perf_counter() - began < 10  # a loop over the rows takes longer, this a fraction of a second
+    assert time.process_time() - began < 10  # a loop over the rows takes longer, this a fraction of a second
 
 
 @st.composite

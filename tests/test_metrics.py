@@ -156,7 +156,7 @@ def test_100000_rows_of_strings_in_a_second():
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         metrics.map_at_k(metrics.parse_predictions(frame)[1], truth)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 1

@@ -305,9 +305,9 @@ def test_not_slower_than_the_plain_loop(tmp_path):
     def seconds(work):
         times = []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             work()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
         return min(times)
 
     plain = seconds(lambda: [naive(path) for path in catalog.table["path"]])

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -70,6 +72,22 @@ def test_a_world_of_another_version_is_made_anew(tmp_path, monkeypatch):
 def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="tiny, lab, competition"):
         world.make_world("large")
+
+
+def test_who_asks_while_another_makes_it_waits(tmp_path, monkeypatch):
+    made = []
+
+    def slowly(folder, about, workers):
+        made.append(folder)
+        time.sleep(0.5)
+        folder.mkdir()
+        (folder / "world.json").write_text(json.dumps(about | {"finished": True}))
+        return folder
+
+    monkeypatch.setattr(world, "_make", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: world.make_world("tiny", 7, tmp_path / "w"), range(2)))
+    assert found == [tmp_path / "w"] * 2 and len(made) == 1
 
 
 def test_layout_is_kaggles_and_the_answers_are_hidden(tiny):

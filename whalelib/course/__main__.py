@@ -4,7 +4,6 @@ Exit code: 0 all went well, 1 a notebook failed, 2 the request can't be met, 130
 """
 
 import argparse
-import logging
 import shlex
 import signal
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from whalelib.course.execute import Outcome, environment, refresh
 from whalelib.course.notebooks import CourseError, discover
 from whalelib.course.results import table
-from whalelib.course.runner import Course, Line
+from whalelib.course.runner import Course, jobs_of, tell, tell_meanwhile
 from whalelib.ledger import LedgerError, append_ledger, commit_of, ledger_path, project_root, read_rows
 from whalelib.run import Settings, place
 
@@ -51,6 +50,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
             "--build", type=Path, default=place("WHALE_BUILD", "build"), help="output folder"
         )
         command.add_argument("--force", action="store_true", help="execute also what is up to date")
+        if name in ("run", "figures"):
+            command.add_argument("--jobs", default="auto", help="notebooks executed at a time")
         if name == "ledger":
             command.add_argument("--allow-dirty", action="store_true", help="mark rows of uncommitted code")
             command.add_argument("--ledger", type=Path, default=ledger_path(), help="the ledger's CSV")
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
     chosen = discover(arguments.folder, arguments.notebooks)
     (settings,) = _settings(arguments)
     course = Course(everything, chosen, settings, arguments.build.absolute())
-    course.run(arguments.force)
+    course.run(arguments.force, jobs_of(arguments.jobs, settings))
     if arguments.command == "figures":
         drawn = [_near(Path(path)) for outcome in course.done for path in outcome.figures]
         print("\n" + "\n".join([f"{len(drawn)} figures, each with its data as CSV:", *drawn]))
@@ -129,7 +130,7 @@ def _ledger(arguments: argparse.Namespace) -> int:
             print(f"      {added} values entered" + (", the others were there already" if kept else ""))
 
         with environment({"WHALE_FIGURES": str(build / "figures")}):
-            course.run(arguments.force, enter)
+            course.run(arguments.force, after=enter)
         code = max(code, _close(course))
     print(f"\nLedger: {_near(arguments.ledger)}")
     return code
@@ -146,22 +147,22 @@ def _refresh(arguments: argparse.Namespace) -> int:
     failed = 0
     chosen = discover(arguments.folder, arguments.notebooks)
     for number, notebook in enumerate(chosen, start=1):
-        line = Line(f"[{number}/{len(chosen)}] {notebook.number} {notebook.title}")
+        line = f"[{number}/{len(chosen)}] {notebook.number} {notebook.title} ... "
         began = time.monotonic()
         try:
-            refresh(notebook, line.cell)
+            refresh(notebook, lambda cell, total, line=line: tell_meanwhile(f"{line}cell {cell}/{total}"))
         except Exception as error:
             failed += 1
-            line.end(f"FAILED, left as it was: {str(error).strip().splitlines()[-1]}")
+            tell(f"{line}FAILED, left as it was: {str(error).strip().splitlines()[-1]}")
         else:
-            line.end(f"ok {time.monotonic() - began:.1f} s, {notebook.path.stat().st_size / 1e3:.0f} kB")
+            seconds = time.monotonic() - began
+            tell(f"{line}ok {seconds:.1f} s, {notebook.path.stat().st_size / 1e3:.0f} kB")
     return 1 if failed else 0
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = _arguments(given)
-    logging.getLogger("papermill").setLevel(logging.ERROR)
     commands = {"run": _run, "figures": _run, "ledger": _ledger, "refresh": _refresh}
     try:
         return commands[arguments.command](arguments)
@@ -173,10 +174,6 @@ def main(given: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -4,14 +4,17 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import nbformat
@@ -114,6 +117,7 @@ class _LiveEngine(NBClientEngine):
 
 
 papermill_engines.register("whalelib", _LiveEngine)
+logging.getLogger("papermill").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -136,9 +140,7 @@ def execute(notebook: Notebook, settings: Settings, build: Path, key: str, on_ce
 
     No fault of the notebook raises: ``Outcome.error`` tells it. An interrupt leaves the earlier copy.
     """
-    shown = {**asdict(settings), "data": settings.public_data}
-    now = datetime.now().astimezone().isoformat(timespec="minutes")
-    outcome = Outcome(notebook.name, notebook.number, notebook.title, key, shown, now)
+    outcome = _begun(notebook, settings, key)
     results = build / "results" / f"{notebook.number}.csv"
     results.unlink(missing_ok=True)
     began, began_at = time.monotonic(), time.time()
@@ -158,10 +160,52 @@ def execute(notebook: Notebook, settings: Settings, build: Path, key: str, on_ce
         outcome.figures = sorted(
             str(path.resolve()) for path in drawn if path.stat().st_mtime >= began_at - 1
         )
-        node.metadata[RECORD] = asdict(outcome)
         node.metadata.get("papermill", {})["input_path"] = notebook.path.name
-        nbformat.write(node, part)
+        _write(node, outcome, part)
     return outcome
+
+
+def execute_apart(
+    link: Connection, variables: dict[str, str], notebook: Notebook, settings: Settings, build: Path, key: str
+) -> None:
+    """Be a process that executes one notebook: tell ``link`` each cell's number, and at last the outcome.
+
+    Args:
+        link: to the course's process, which ends this one with SIGTERM.
+        variables: the course's environment; that of the server which forks this process may be older.
+        notebook, settings, build, key: as :func:`execute` takes them.
+    """
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to all; a kernel is stopped once
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(variables)
+    with suppress(KeyboardInterrupt):
+        link.send(execute(notebook, settings, build, key, lambda *cell: link.send(cell)))
+
+
+def lost(
+    notebook: Notebook, settings: Settings, build: Path, key: str, seconds: float, exit_code: int
+) -> Outcome:
+    """Return the outcome of an execution whose process ended before it could tell one, and write its copy."""
+    outcome = _begun(notebook, settings, key)
+    outcome.seconds = round(seconds, 1)
+    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with {exit_code}"
+    message = f"the process that executed it {how}; if memory was short, give fewer JOBS"
+    outcome.error = {"type": "ProcessLost", "message": message}
+    with replacing(executed_path(build, notebook)) as part:
+        _write(_read_executed(part, notebook), outcome, part)
+    return outcome
+
+
+def _begun(notebook: Notebook, settings: Settings, key: str) -> Outcome:
+    shown = {**asdict(settings), "data": settings.public_data}
+    now = datetime.now().astimezone().isoformat(timespec="minutes")
+    return Outcome(notebook.name, notebook.number, notebook.title, key, shown, now)
+
+
+def _write(node: nbformat.NotebookNode, outcome: Outcome, path: Path) -> None:
+    node.metadata[RECORD] = asdict(outcome)
+    nbformat.write(node, path)
 
 
 def _papermill(

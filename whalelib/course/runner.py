@@ -1,35 +1,74 @@
-"""Running the course: one notebook after another, telling how far it is, redoing only what is missing."""
+"""Running the course: some notebooks at a time, telling how far it is, redoing only what is missing."""
 
+import os
+import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from whalelib.course import pages
-from whalelib.course.execute import Outcome, execute, first_line, key_of, load, up_to_date
+from whalelib.course.execute import (
+    Outcome,
+    execute_apart,
+    first_line,
+    key_of,
+    load,
+    lost,
+    up_to_date,
+)
 from whalelib.course.notebooks import CourseError, Notebook
 from whalelib.course.results import write_results
 from whalelib.ledger import ledger_path, read_rows
-from whalelib.run import Settings
+from whalelib.run import Run, Settings
+
+CORES = os.cpu_count() or 1
+AT_ONCE = min(CORES + 1, 4)  # one more than cores, as some wait for a network that another one trains
+# Of processes that are forked from a server the libraries are imported once, and no thread of ours is copied.
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(["whalelib.course.execute"])
 
 
-class Line:
-    """One line of progress that ends with what came of it; on a terminal it tells the cell meanwhile."""
+def jobs_of(asked: str, settings: Settings) -> int:
+    """Return how many notebooks are executed at a time; "auto" is one where each needs the whole machine.
 
-    def __init__(self, text: str):
-        self.text = f"{text} ... "
-        self.live = sys.stdout.isatty()
-        print(self.text, end="", flush=True)
+    Raises:
+        CourseError: ``asked`` is neither "auto" nor a whole number from 1 up.
+    """
+    if asked == "auto":
+        whole = settings.profile == "paper" or settings.device == "cuda"
+        return 1 if whole or Run("jobs", settings).device == "cuda" else AT_ONCE
+    if not (asked.isdecimal() and int(asked)):
+        raise CourseError(f"jobs = {asked!r}: give auto or a whole number from 1 up")
+    return int(asked)
 
-    def cell(self, number: int, total: int) -> None:
-        """Tell which cell runs."""
-        if self.live:
-            print(f"\r\033[K{self.text}cell {number}/{total}", end="", flush=True)
 
-    def end(self, text: str) -> None:
-        """Finish the line."""
-        print(f"\r\033[K{self.text}{text}" if self.live else text, flush=True)
+def tell(line: str) -> None:
+    """Print a line of progress."""
+    print(("\r\033[K" if sys.stdout.isatty() else "") + line, flush=True)
+
+
+def tell_meanwhile(text: str) -> None:
+    """Show on a terminal what goes on, until the next line."""
+    if sys.stdout.isatty():
+        print("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+
+@dataclass
+class Work:
+    """One notebook that is being executed, in a process of its own: one that dies takes no other with it."""
+
+    notebook: Notebook
+    key: str
+    process: BaseProcess
+    began: float = field(default_factory=time.monotonic)
+    cell: str = ""
+    outcome: Outcome | None = None
 
 
 @dataclass
@@ -42,29 +81,50 @@ class Course:
     build: Path
     shows_ledger: bool = True
     done: list[Outcome] = field(default_factory=list)
+    _known: dict[Notebook, Outcome | None] = field(default_factory=dict)
+    _running: dict[Connection, Work] = field(default_factory=dict)
 
-    def run(self, force: bool = False, after: Callable[[Outcome, bool], None] | None = None) -> None:
+    def run(
+        self, force: bool = False, jobs: int = 1, after: Callable[[Outcome, bool], None] | None = None
+    ) -> None:
         """Execute what is missing. Whatever happens, the pages and results of what is done are kept.
 
         Args:
             force: execute also what is up to date.
+            jobs: notebooks at a time; above 1 their kernels share the cores, unless OMP_NUM_THREADS is set.
             after: called after each notebook with its outcome and whether that is an earlier one that stands.
 
         Raises:
             CourseError: the data can't be opened.
         """
         fingerprint = self._open_data()
+        self._known = {notebook: load(self.build, notebook) for notebook in self.everything}
+        self._write_index()
+        waiting, finished = deque(self.chosen), []
+        share = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, CORES // jobs))}
         try:
-            for number, notebook in enumerate(self.chosen, start=1):
-                line = Line(f"[{number}/{len(self.chosen)}] {notebook.number} {notebook.title}")
-                outcome, kept = self._one(notebook, fingerprint, force, line)
-                self.done.append(outcome)
-                if after:
-                    after(outcome, kept)
+            while waiting or self._running or finished:
+                while waiting and len(self._running) < jobs:
+                    notebook = waiting.popleft()
+                    key, earlier = self._key(notebook, fingerprint), self._known[notebook]
+                    if not force and up_to_date(earlier, key):
+                        finished.append((notebook, earlier, True))
+                    else:
+                        self._start(notebook, key, share | os.environ)
+                if not finished:
+                    tell(self._now())
+                for notebook, outcome, kept in finished:
+                    self._finish(notebook, outcome, kept)
+                    if after:
+                        after(outcome, kept)
+                finished = self._wait()
         finally:
-            known = [(notebook, load(self.build, notebook)) for notebook in self.everything]
-            pages.write_index(self.build, known)
-            write_results(self.build, [outcome for _, outcome in known if outcome])
+            for work in self._running.values():
+                work.process.terminate()
+            for work in self._running.values():
+                work.process.join()
+            order = [notebook.name for notebook in self.chosen]
+            self.done.sort(key=lambda outcome: order.index(outcome.name))
 
     def _open_data(self) -> str:
         from whalelib.data import open_catalog  # noqa: PLC0415
@@ -80,23 +140,62 @@ class Course:
             print(problems, flush=True)
         return catalog.fingerprint
 
-    def _one(self, notebook: Notebook, fingerprint: str, force: bool, line: Line) -> tuple[Outcome, bool]:
-        key = self._key(notebook, fingerprint)
-        outcome = load(self.build, notebook)
-        kept = not force and up_to_date(outcome, key)
-        if not kept:
-            outcome = execute(notebook, self.settings, self.build, key, line.cell)
+    def _start(self, notebook: Notebook, key: str, variables: dict[str, str]) -> None:
+        ours, theirs = PROCESSES.Pipe(duplex=False)
+        arguments = (theirs, variables, notebook, self.settings, self.build, key)
+        process = PROCESSES.Process(target=execute_apart, args=arguments, daemon=True)
+        process.start()
+        theirs.close()  # so that ours ends with the process
+        self._running[ours] = Work(notebook, key, process)
+
+    def _wait(self) -> list[tuple[Notebook, Outcome, bool]]:
+        """Wait until something is finished, and return it."""
+        finished = []
+        while self._running and not finished:
+            for link in wait(list(self._running)):
+                work = self._running[link]
+                try:
+                    told = link.recv()
+                except (EOFError, OSError):
+                    link.close()
+                    work.process.join()
+                    del self._running[link]
+                    finished.append((work.notebook, work.outcome or self._lost(work), False))
+                    continue
+                if isinstance(told, Outcome):
+                    work.outcome = told
+                else:
+                    work.cell = " cell {}/{}".format(*told)
+            tell_meanwhile(self._now(cells=True))
+        return finished
+
+    def _lost(self, work: Work) -> Outcome:
+        seconds = time.monotonic() - work.began
+        return lost(work.notebook, self.settings, self.build, work.key, seconds, work.process.exitcode)
+
+    def _now(self, cells: bool = False) -> str:
+        names = [work.notebook.number + work.cell * cells for work in self._running.values()]
+        return f"running: {', '.join(names)}" if names else ""
+
+    def _finish(self, notebook: Notebook, outcome: Outcome, kept: bool) -> None:
         try:
             if not kept or not pages.up_to_date(self.build, notebook):
                 pages.write_page(self.build, notebook, outcome, self.everything)
         except Exception as error:
             outcome.error = outcome.error or {"type": "PageNotRendered", "message": first_line(error)}
+        self.done.append(outcome)
+        self._known[notebook] = outcome
+        self._write_index()
         seconds = f"{outcome.seconds:.1f} s"
-        if outcome.ok:
-            line.end(f"up to date (took {seconds})" if kept else f"ok {seconds}")
-        else:
-            line.end(f"FAILED {seconds}, {outcome.why()}")
-        return outcome, kept
+        came = f"up to date (took {seconds})" if kept else f"ok {seconds}"
+        if not outcome.ok:
+            came = f"FAILED {seconds}, {outcome.why()}"
+        line = f"[{len(self.done)}/{len(self.chosen)}] {notebook.number} {notebook.title} ... {came}"
+        tell("; ".join(filter(None, [line, self._now()])))
+
+    def _write_index(self) -> None:
+        pages.write_index(self.build, list(self._known.items()))
+        write_results(self.build, [outcome for outcome in self._known.values() if outcome])
 
     def _key(self, notebook: Notebook, fingerprint: str) -> str:
         shown = read_rows(ledger_path()) if self.shows_ledger else []

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from whalelib.data.world.animal import make_animal
 from whalelib.data.world.photograph import CORNERS, LANDMARKS, take
 from whalelib.data.world.population import NEW_WHALE, make_plan, preset
-from whalelib.files import replacing
+from whalelib.files import locked, replacing
 from whalelib.ledger import project_root
 
 VERSION = 2  # of the pictures: raise it with every change of look, so that older worlds are drawn anew
@@ -84,6 +84,13 @@ def make_world(name="lab", seed=DEFAULT_SEED, folder=None, workers=None):
     about = {"preset": name, "seed": int(seed), "version": VERSION}
     if _finished(folder, about):
         return folder
+    with locked(folder.parent):
+        return folder if _finished(folder, about) else _make(folder, about, workers)
+
+
+def _make(folder, about, workers):
+    """Draw a world under another name, then put it in its place; returns that."""
+    name, seed = about["preset"], about["seed"]
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists() and json.loads((partial / "world.json").read_text() or "{}") != about:
         shutil.rmtree(partial)
