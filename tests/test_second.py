@@ -108,7 +108,7 @@ def test_files_are_kept_with_the_others_in_place_of_earlier_ones(places, monkeyp
         second._keep(pd.DataFrame([{**row, "model": model, "probability": probability}]))
     kept = pd.read_csv(second.kept_files())
     assert kept["model"].tolist() == ["a", "b"]
-    assert kept["probability"].tolist() == [0.5, 0.12346]
+    assert kept["probability"].tolist() == [0.5, 0.1235]
 
 
 def test_what_starts_from_nothing_may_learn_faster():

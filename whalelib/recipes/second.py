@@ -403,8 +403,9 @@ def _keep(rows: pd.DataFrame) -> None:
             kept = pd.read_csv(path)
             same = (kept[whose] == rows[whose].iloc[0]).all(axis=1)
             rows = pd.concat([kept[~same], rows], ignore_index=True)
-        order = [*whose, "part", "view", "image", "identity", "probability"]
-        rows = rows[order].sort_values(order[:-3], kind="stable").round({"probability": 5})
+        order = [*whose[:-1], "part", "image", "model", "view"]  # like beside like, which packs well
+        rows = rows[[*order, "identity", "probability"]].sort_values(order, kind="stable")
+        rows = rows.round({"probability": 4})
         with replacing(path) as part:
             rows.to_csv(part, index=False, compression={"method": "gzip", "mtime": 0})
 
