@@ -3,12 +3,17 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from whalelib.data import NEW_WHALE, open_catalog
 from whalelib.data.masks import encode_rle
 from whalelib.data.photographs import Photographs
 from whalelib.run import Run, Settings
+
+# How long an example takes says more about what else runs than about the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 def pytest_xdist_auto_num_workers():
