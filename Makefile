@@ -112,6 +112,7 @@ lab: install
 	@$(PYTHON) -m jupyterlab notebooks
 
 # Notebooks are executed with their figures and results kept out of the way, so that the working tree stays as it is.
+# A cell may wait while another notebook trains the network that both need: hence the long timeouts.
 test:
 	@echo '[1/3] install'
 	@$(MAKE) --no-print-directory install
@@ -121,7 +122,7 @@ test:
 	@echo '[3/3] tests, then every notebook cell by cell'
 	@WHALE_FIGURES=build/test/figures WHALE_RESULTS=build/test/results OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" \
 	  $(PYTHON) -m pytest -n "$$JOBS" --dist loadfile --no-loadscope-reorder \
-	  --nbval-lax --nbval-cell-timeout=1200 --timeout=1300 tests notebooks
+	  --nbval-lax --nbval-cell-timeout=1800 --timeout=1900 tests notebooks
 
 clean:
 	rm -rf build data/cache .pytest_cache .ruff_cache .hypothesis
