@@ -112,7 +112,8 @@ lab: install
 	@$(PYTHON) -m jupyterlab notebooks
 
 # Notebooks are executed with their figures and results kept out of the way, so that the working tree stays as it is.
-# A cell may wait while another notebook trains the network that both need: hence the long timeouts.
+# A cell may wait while another notebook trains the network that both need: hence the long timeouts. Its output is read
+# when it has ended, so progress bars move seldom: ten times a second for minutes is more than the queue holds.
 test:
 	@echo '[1/3] install'
 	@$(MAKE) --no-print-directory install
@@ -121,7 +122,7 @@ test:
 	@$(PYTHON) -m ruff format --check .
 	@echo '[3/3] tests, then every notebook cell by cell'
 	@WHALE_FIGURES=build/test/figures WHALE_RESULTS=build/test/results OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" \
-	  $(PYTHON) -m pytest -n "$$JOBS" --dist loadfile --no-loadscope-reorder \
+	  TQDM_MININTERVAL=5 $(PYTHON) -m pytest -n "$$JOBS" --dist loadfile --no-loadscope-reorder \
 	  --nbval-lax --nbval-cell-timeout=1800 --timeout=1900 tests notebooks
 
 clean:
