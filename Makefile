@@ -63,7 +63,7 @@ help:
 	@echo '  SEED=0                  a whole number; for ledger also several: SEED=0,1,2'
 	@echo '  DEVICE=auto             auto, cpu or cuda'
 	@echo '  NOTEBOOKS="02_* 01_02"  only these (course, figures, ledger, refresh)'
-	@echo '  JOBS=auto               how many at a time (course, figures, test): a number; auto is one more than cores'
+	@echo '  JOBS=auto               how many at a time (course, figures, test): a number; auto is two more than cores'
 	@echo '                          (test: one a core), 4 at most, and 1 notebook where it needs all (paper, cuda)'
 	@echo '  BUILD=build             where executed notebooks, pages and results go'
 	@echo '  VENV=.venv              the Python environment; made when missing'
@@ -123,7 +123,7 @@ test:
 	@echo '[3/3] tests, then every notebook cell by cell'
 	@WHALE_FIGURES=build/test/figures WHALE_RESULTS=build/test/results OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" \
 	  TQDM_MININTERVAL=5 $(PYTHON) -m pytest -n "$$JOBS" --dist loadfile --no-loadscope-reorder \
-	  --nbval-lax --nbval-cell-timeout=1800 --timeout=1900 tests notebooks
+	  --nbval-lax --nbval-cell-timeout=1800 --timeout=1900 tests $$($(PYTHON) -m whalelib.course order)
 
 clean:
 	rm -rf build data/cache .pytest_cache .ruff_cache .hypothesis

@@ -274,6 +274,39 @@ def test_what_notebooks_say_of_chapter_4(name):
     assert equal == cells - (name == "table 4.3")
 
 
+def test_the_third_solutions_submission_is_explained():
+    images, raw = recompute.third_place_guesses(REFERENCE)
+    submitted = recompute.third_place_guesses(REFERENCE, processed=True)
+    processed = recompute.third_place_processed(REFERENCE)
+    assert (images == submitted[0]).all() and raw.shape == (7960, 5) and submitted[1].shape == (7960, 6)
+    assert (processed.guesses == submitted[1]).all() and not processed.unsized
+    assert processed.changes["step"].value_counts().to_dict() == {"duplicates": 81, "sizes": 16, "leaks": 6}
+
+
+def test_what_notebooks_say_of_chapter_5():
+    equal, cells = re.search(
+        r"(\d+) of (\d+) cells equal", report.provenance("chapter5_facts", REFERENCE)
+    ).groups()
+    assert equal == cells == str(len(report.chapter5_facts()))
+
+
+def test_errata_of_chapter_5_that_files_can_tell():
+    facts = report.chapter5_facts()
+    cells = report.errata().set_index(["item", "cell"])["corrected"]
+    assert cells["section 5.5", "share of new_whale first"].startswith(
+        f"{facts['share of new_whale first, before']:.1%}".replace("%", " %")
+    )
+    assert cells["section 5.3.3", "photographs to train on"].startswith(
+        f"{facts['training photographs']:,.0f}: "
+    )
+    grouped = cells["section 5.2.2", "new whales with several images"]
+    parts = [facts[f"of these, of new_whale, to {kind}"] for kind in ("new ids", "whales", "groups")]
+    assert [int(number) for number in re.findall(r"\d+", grouped)] == parts
+    # All boxes of the shipped file have their centre at half their size.
+    boxes = pd.read_csv(REFERENCE / "competition" / "third_place" / "landmark.test.5.csv")
+    assert len(boxes) == 7960 and np.allclose(boxes[["x", "y"]], boxes[["w", "h"]] / 2, atol=1e-12, rtol=0)
+
+
 def test_the_index_is_what_the_report_holds():
     path = Path(SET) / "report.txt"
     if not path.is_file():

@@ -485,3 +485,79 @@ test_train.run(Path(sys.argv[1]), model=test_train.linear(), checkpoint_every=3)
 def linear():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+class Linear(nn.Module):
+    """Without normalisation: an image counts the same in any batch."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layer = nn.Linear(192, 3)
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+
+@pytest.mark.parametrize("images", [32, 36])  # 36: an epoch ends with a step of one batch
+def test_accumulated_batches_make_the_step_of_one_large_batch(images):
+    order = range(images)
+    options = {"dataset": Noise(images), "sampler": order, "schedule": None}
+    large, one = run(model=Linear(), batch_size=8, **options)
+    small, several = run(model=Linear(), batch_size=4, accumulate=2, **options)
+    if images == 32:
+        for name, value in large.state_dict().items():
+            torch.testing.assert_close(small.state_dict()[name], value)
+        assert several["gradient"].tolist() == pytest.approx(one["gradient"].tolist(), rel=1e-4)
+    assert several["steps"].tolist() == [images // 4] * EPOCHS
+
+
+def test_accumulation_by_epoch():
+    options = {"epochs": 1, "dataset": Noise(32), "sampler": range(32), "schedule": None}
+    first, _ = run(model=Linear(), batch_size=8, **options)
+    both, _ = run(model=Linear(), batch_size=4, accumulate=lambda epoch: 2 if epoch < 1 else 1, **options)
+    torch.testing.assert_close(both.state_dict(), first.state_dict())
+
+
+def test_the_last_snapshots_are_kept_and_a_resumed_run_keeps_the_same(tmp_path):
+    options = {"snapshots": (2, 2), "accumulate": 3, "epochs": 7}
+    run(tmp_path / "whole", **options)
+    run(tmp_path / "parts", **{**options, "epochs": 3})
+    run(tmp_path / "parts", **options)
+    found = [sorted((tmp_path / name / "snapshots").iterdir()) for name in ("whole", "parts")]
+    assert [path.name for path in found[0]] == ["00004.safetensors", "00006.safetensors"]
+    for one, other in zip(*found, strict=True):
+        assert one.name == other.name
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_snapshots_up_to_the_best_epoch(tmp_path):
+    scores = iter([1, 2, 5, 3, 4])
+    run(
+        tmp_path,
+        epochs=5,
+        snapshots=(1, 2),
+        best="score",
+        on_epoch=lambda *_: {"score": next(scores)},
+    )
+    kept = sorted(path.name for path in (tmp_path / "best-snapshots").iterdir())
+    assert kept == ["00002.safetensors", "00003.safetensors"]
+
+
+def test_the_average_of_weights_is_their_mean_and_its_statistics_are_its_own(tmp_path):
+    run(tmp_path, epochs=4, snapshots=(1, 3))
+    paths = sorted((tmp_path / "snapshots").iterdir())
+    images = torch.stack([Noise()[i]["image"] for i in range(30)])
+    model = Network().eval()
+    train.average_weights(model, paths, images.split(10))
+    files = [load_file(path) for path in paths]
+    assert len(files) == 3
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), sum(file[name] for file in files) / 3)
+    with torch.no_grad():
+        means = [model.layers[0](part).mean((0, 2, 3)) for part in images.split(10)]
+    torch.testing.assert_close(model.layers[1].running_mean, torch.stack(means).mean(0))
+    assert not model.training
+    with pytest.raises(ValueError, match="no weights"):
+        train.average_weights(model, [], [])

@@ -1,6 +1,6 @@
 """Random changes of a photograph that leave the animal the same.
 
-Section 3.1.4 of the report describes the first solution's steps, section 4.1.3 the second's. Here are the
+Sections 3.1.4, 4.1.3 and 5.1.2 of the report describe the three solutions' steps. Here are the
 baseline's few, theirs, and the seeding that all share. No step mirrors a photograph: that makes another animal,
 so it is the data set's to do, with the label.
 """
@@ -27,7 +27,8 @@ from albumentations.core.type_definitions import Targets
 
 from whalelib.run import EDITIONS
 
-REFERENCE_SIZE = (256, 512)  # (H, W), for which the solutions' steps are given
+REFERENCE_SIZE = (256, 512)  # (H, W), for which the first two solutions' steps are given
+PHOTOGRAPH_WIDTH = 1050  # of most photographs (Table 2.3); the third solution's steps are given for full size
 
 MOVED = (Targets.IMAGE, Targets.MASK)
 
@@ -37,12 +38,22 @@ Length = Annotated[int, Field(ge=0)]
 Factor = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Slant = Annotated[float, Field(gt=-90, lt=90)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 def _rising(values: tuple) -> tuple:
     if values[0] > values[1]:
         raise ValueError(f"{values}: the lowest comes first")
     return values
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError(f"{value} is even: a kernel has a pixel in its middle")
+    return value
+
+
+Odd = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 
 
 def augmented(transform: A.BaseCompose, key: tuple[int, ...], **targets: np.ndarray) -> dict[str, np.ndarray]:
@@ -422,12 +433,13 @@ class Step:
     """One step of a solution's augmentation.
 
     Attributes:
-        name: as in Table 3.1 or 4.1.
+        name: as in Table 3.1, 4.1 or 5.1.
         probability: that an image undergoes it.
         transform: its class.
-        described: its parameters as the report gives them, at (256, 512); None: not there.
+        described: its parameters as the report gives them, at the solution's own size; None: not there.
         shipped: the same as the code has them.
-        group: of the steps of a group at most one is taken, in the second solution at most two.
+        group: of the steps of a group at most one is taken, in the second solution at most two, in the third all
+            by their own probabilities.
     """
 
     name: str
@@ -490,6 +502,7 @@ def _composed(
     size: tuple[int, int],
     edition: str,
     joined: Callable[[list[A.BasicTransform]], A.BaseCompose],
+    keypoints: A.KeypointParams | None = None,
 ) -> A.Compose:
     """Return an edition's pipeline of a table, the steps of a group joined."""
     if edition not in EDITIONS:
@@ -500,7 +513,7 @@ def _composed(
     for _, group in groupby(steps, lambda step: step.group or step.name):
         made = [step.transform(**_at_size(getattr(step, field), size), p=step.probability) for step in group]
         pipeline += made if len(made) == 1 else [joined(made)]
-    return A.Compose(pipeline, strict=True)
+    return A.Compose(pipeline, keypoint_params=keypoints, strict=True)
 
 
 def _at_size(parameters: Mapping[str, object], size: tuple[int, int]) -> dict[str, object]:
@@ -520,6 +533,8 @@ def _at_size(parameters: Mapping[str, object], size: tuple[int, int]) -> dict[st
         fitted["sigma_limit"] = tuple(sigma * share for sigma in fitted["sigma_limit"])
         # The kernel grows with the blur, but is never smaller than given: the rest of it is zeros then.
         fitted["blur_limit"] = tuple(max(k, 2 * round(share * (k // 2)) + 1) for k in fitted["blur_limit"])
+    if "unit" in fitted:
+        fitted["unit"] = min(1, size[1] / PHOTOGRAPH_WIDTH)
     return fitted
 
 
@@ -673,6 +688,8 @@ class RotateShear(_Warp):
         p: probability.
     """
 
+    border = cv2.BORDER_REPLICATE
+
     class InitSchema(A.DualTransform.InitSchema):
         """What the arguments must be."""
 
@@ -698,12 +715,17 @@ class RotateShear(_Warp):
         along_x, along_y = [[1, tan(slants[0])], [0, 1]], [[1, 0], [tan(slants[1]), 1]]
         return {"linear": np.array(along_y) @ along_x @ rotation}
 
-    def moved(self, img, linear, **params):
-        """Return ``img``, turned and sheared."""
-        height, width = img.shape[:2]
-        centre = np.array([[(width - 1) / 2], [(height - 1) / 2]])
-        affine = np.hstack([linear, centre - linear @ centre])
-        return cv2.warpAffine(img, affine, (width, height), borderMode=cv2.BORDER_REPLICATE)
+    def moved(self, img, linear, shift=(0, 0), **params):
+        """Return ``img``, turned, sheared and then shifted by shares of its width and height."""
+        affine = np.column_stack([linear, _offset(img.shape, linear, shift)])
+        return cv2.warpAffine(img, affine, img.shape[1::-1], borderMode=self.border)
+
+
+def _offset(shape: tuple[int, ...], linear: np.ndarray, shift: Sequence[float]) -> np.ndarray:
+    """Return what to add to ``linear`` times (x, y), in pixels: the centre stays but for the shift."""
+    sides = np.array(shape[1::-1])
+    centre = (sides - 1) / 2
+    return centre - linear @ centre + sides * shift
 
 
 class GaussianNoise(A.ImageOnlyTransform):
@@ -900,3 +922,251 @@ def _some(steps: list[A.BasicTransform]) -> A.BaseCompose:
     for step in steps:
         step.p = 1  # once chosen
     return SomeOf(steps, n=2)
+
+
+class RandomAffine(RotateShear):
+    """Scaling, rotation, shear and shift in one step, with zeros where nothing was (section 5.1.2).
+
+    Key points move along. First both sides are scaled, each by a factor of its own, then all is as in
+    ``RotateShear``, and last comes the shift.
+
+    Args:
+        angles: of the rotation, as in ``RotateShear``.
+        shears: as there.
+        both: as there.
+        scales: lowest and highest factor.
+        shifts: the same of the shift along each side, as a share of it; the sides' are independent.
+        p: probability.
+    """
+
+    _targets = (*MOVED, Targets.KEYPOINTS)
+    border = cv2.BORDER_CONSTANT
+
+    class InitSchema(RotateShear.InitSchema):
+        """What the arguments must be."""
+
+        scales: Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
+        shifts: Annotated[Range, AfterValidator(_rising)]
+
+    def __init__(
+        self,
+        angles: Range = (-10, 10),
+        shears: Range = (-10, 10),
+        both: bool = True,
+        scales: Range = (0.9, 1.1),
+        shifts: Range = (-0.05, 0.05),
+        p: float = 0.5,
+    ):
+        super().__init__(angles, shears, both, p)
+        self.scales, self.shifts = scales, shifts
+
+    def get_params(self):
+        """Draw the (2, 2) map of offsets (x, y) from the centre, and the shift (x, y) as shares of the sides."""
+        scale, shift = (
+            [self.py_random.uniform(*limits) for _ in "xy"] for limits in (self.scales, self.shifts)
+        )
+        return {"linear": super().get_params()["linear"] * scale, "shift": shift}
+
+    def apply_to_keypoints(self, keypoints, linear, shift, shape, **params):
+        """Return ``keypoints`` (K, 2 or more), of which x and y come first, moved."""
+        keypoints = keypoints.copy()
+        keypoints[:, :2] = keypoints[:, :2] @ linear.T + _offset(shape, linear, shift)
+        return keypoints
+
+
+class _Blur(A.ImageOnlyTransform):
+    """The mean of the pixels around, with the weights of a kernel; the image is mirrored at its border."""
+
+    def apply(self, img, kernel, **params):
+        """Return ``img``, blurred."""
+        return cv2.filter2D(img, -1, kernel)
+
+
+def _coarser(kernel: np.ndarray, unit: float) -> np.ndarray:
+    """Return what does to an image made smaller, ``unit`` to 1, what a (k, k) kernel does to the image; k is odd.
+
+    Each weight goes to its place among the larger pixels. Along either axis the three pixels around share it, some
+    of them by less than 0, so that the kernel's mean and variance are right. At 1 the kernel stays.
+    """
+    places = unit * (np.arange(len(kernel)) - len(kernel) // 2)
+    reach = max(1, ceil(places[-1]))
+    nearest = np.clip(np.rint(places), 1 - reach, reach - 1)
+    beside = places - nearest
+    shares = np.zeros((len(kernel), 2 * reach + 1))
+    for step, share in ((-1, beside * (beside - 1) / 2), (0, 1 - beside**2), (1, beside * (beside + 1) / 2)):
+        shares[np.arange(len(kernel)), (nearest + step + reach).astype(int)] = share
+    return (shares.T @ kernel @ shares).astype(np.float32)
+
+
+class AverageBlur(_Blur):
+    """The mean of a square (section 5.1.2).
+
+    Args:
+        side: of the square, odd.
+        unit: side of the kernel's pixels, in pixels of the image, above 0 and at most 1.
+        p: probability.
+    """
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        """What the arguments must be."""
+
+        side: Odd
+        unit: Factor
+
+    def __init__(self, side: int = 3, unit: float = 1, p: float = 0.5):
+        super().__init__(p=p)
+        self.side, self.unit = side, unit
+
+    def get_params(self):
+        """Return the kernel."""
+        return {"kernel": _coarser(np.full((self.side, self.side), self.side**-2), self.unit)}
+
+
+class MotionBlur(_Blur):
+    """The mean along a short straight line through the pixel (section 5.1.2).
+
+    The line has any direction. Its weights fall or rise evenly from d at one end to 1 - d at the other, before
+    they are made to sum to 1; d is uniform from 0 to 1.
+
+    Args:
+        sides: lowest and highest side of the kernel, odd; the odd numbers between are equally likely.
+        whole: draw any whole number between and make even ones one larger, as the code did, so that of 3 and 5 the
+            5 is twice as likely.
+        unit: side of the kernel's pixels, in pixels of the image, above 0 and at most 1.
+        p: probability.
+    """
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        """What the arguments must be."""
+
+        sides: Annotated[tuple[Odd, Odd], AfterValidator(_rising)]
+        whole: bool
+        unit: Factor
+
+    def __init__(self, sides: Pixels = (3, 5), whole: bool = False, unit: float = 1, p: float = 0.5):
+        super().__init__(p=p)
+        self.sides, self.whole, self.unit = sides, whole, unit
+
+    def get_params(self):
+        """Draw the kernel."""
+        low, high = self.sides
+        side = self.py_random.randrange(low, high + 1, 1 if self.whole else 2) | 1
+        angle, end = self.py_random.uniform(0, 360), self.py_random.uniform(0, 1)
+        kernel = np.zeros((side, side), np.float32)
+        kernel[:, side // 2] = np.linspace(end, 1 - end, side)
+        turn = cv2.getRotationMatrix2D((side // 2, side // 2), angle, 1)
+        kernel = cv2.warpAffine(kernel, turn, (side, side))
+        return {"kernel": _coarser(kernel / kernel.sum(), self.unit)}
+
+
+class RandomArithmetic(A.ImageOnlyTransform):
+    """A random number added to all values, or all values times one; rounded and cut to 0 to 255 (section 5.1.2).
+
+    Args:
+        kind: "addition", of a whole number, or "multiplication".
+        values: lowest and highest number, ends included.
+        per_channel: probability that each channel has a number of its own; else they share it.
+        p: probability.
+    """
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        """What the arguments must be."""
+
+        kind: Literal["addition", "multiplication"]
+        values: Annotated[Range, AfterValidator(_rising)]
+        per_channel: Share
+
+    def __init__(
+        self, kind: str = "addition", values: Range = (-10, 10), per_channel: float = 0.5, p: float = 1
+    ):
+        super().__init__(p=p)
+        self.kind, self.values, self.per_channel = kind, values, per_channel
+
+    def get_params(self):
+        """Draw the number, or one a channel: (1,) or (3,)."""
+        (low, high), draw = self.values, self.py_random
+        channels = 3 if draw.random() < self.per_channel else 1
+        if self.kind == "addition":
+            return {"number": np.array([draw.randint(ceil(low), floor(high)) for _ in range(channels)])}
+        return {"number": np.array([draw.uniform(low, high) for _ in range(channels)])}
+
+    def apply(self, img, number, **params):
+        """Return ``img`` (H, W, 3) uint8, brighter or darker."""
+        levels = np.arange(256)[:, None]
+        table = levels + number if self.kind == "addition" else levels * number
+        return cv2.LUT(img, np.clip(np.rint(table), 0, 255).astype(np.uint8)[None])
+
+
+class RandomGray(A.ImageOnlyTransform):
+    """The image mixed with its luminance (section 5.1.2).
+
+    Args:
+        alphas: lowest and highest share of the luminance, from 0 to 1.
+        white: as the code had it, the luminance is made white wherever it is not 0, so that the image fades and
+            only black stays: imgaug 0.2.7 takes an image of real numbers for one from 0 to 1.
+        p: probability.
+    """
+
+    class InitSchema(A.ImageOnlyTransform.InitSchema):
+        """What the arguments must be."""
+
+        alphas: Annotated[tuple[Share, Share], AfterValidator(_rising)]
+        white: bool
+
+    def __init__(self, alphas: Range = (0.8, 1), white: bool = False, p: float = 0.5):
+        super().__init__(p=p)
+        self.alphas, self.white = alphas, white
+
+    def get_params(self):
+        """Draw the share."""
+        return {"alpha": self.py_random.uniform(*self.alphas)}
+
+    def apply(self, img, alpha, **params):
+        """Return ``img`` (H, W, 3) uint8 RGB, grayer or whiter."""
+        gray = cv2.cvtColor(img, cv2.COLOR_RGB2GRAY)
+        if self.white:
+            gray = cv2.threshold(gray, 0, 255, cv2.THRESH_BINARY)[1]
+        return cv2.addWeighted(cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), alpha, img, 1 - alpha, 0)
+
+
+_AVERAGE, _MOTION = {"side": 3, "unit": 1}, {"sides": (3, 5), "unit": 1}
+_ADDITION = {"kind": "addition", "values": (-10, 10), "per_channel": 0.5}
+_MULTIPLY = {"kind": "multiplication", "values": (0.9, 1.1), "per_channel": 0.5}
+_AFFINE = {"angles": (-10, 10), "shears": (-10, 10), "scales": (0.9, 1.1), "shifts": (-0.05, 0.05)}
+THIRD_PLACE = tuple(
+    Step(name, probability, transform, described, {**described, **shipped}, "All")
+    for name, probability, transform, described, shipped in (
+        ("Average blur", 0.5, AverageBlur, _AVERAGE, {}),
+        ("Motion blur", 0.5, MotionBlur, _MOTION, {"whole": True}),
+        ("Random addition", 1, RandomArithmetic, _ADDITION, {}),
+        ("Random multiply", 1, RandomArithmetic, _MULTIPLY, {}),
+        ("Random scale, translation, shear and rotation", 0.5, RandomAffine, _AFFINE, {"both": False}),
+        ("Random gray scale", 0.5, RandomGray, {"alphas": (0.8, 1)}, {"white": True}),
+    )
+)
+
+
+def third_place(size: tuple[int, int], edition: str = "as_described") -> A.Compose:
+    """Return the third solution's augmentation: Table 5.1, its steps in random order.
+
+    The report draws the side of the motion blur's kernel from U(3, 5). A kernel has an odd side, so that it is 3 or
+    5, equally likely; in the code 5 is twice as likely. The mirrored whales are the data set's, as are the crop and
+    the alignment, which come afterwards.
+
+    Args:
+        size: (H, W) of the images, in pixels. The blurs are given for photographs at full size, mostly 1050 pixels
+            wide: in narrower ones they reach that much less far and at 320 hardly blur, as when the photograph is
+            made smaller afterwards; wider ones keep them. All other lengths are shares.
+        edition: "as_described" in the report or "as_shipped" in the code; ``THIRD_PLACE`` shows both. The code had
+            real numbers between most steps, where whole ones are kept here, and shifted by whole pixels.
+
+    Returns:
+        A pipeline for ``image`` (H, W, 3) uint8 RGB and, where given, ``mask`` (H, W) uint8 and ``keypoints``
+        (K, 2), x and y in pixels, to be used with ``augmented``. Key points come back as float32, even from outside
+        the image. A box is to be given by its corners.
+
+    Raises:
+        ValueError: an unknown edition.
+    """
+    keypoints = A.KeypointParams("xy", remove_invisible=False)
+    return _composed(THIRD_PLACE, size, edition, lambda steps: A.RandomOrder(steps, n=len(steps)), keypoints)

@@ -3,6 +3,7 @@
 Sections 1 and 5.4 of the report. Whatever the network, this is how the course names a whale.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -234,6 +235,98 @@ def choose_threshold(similarity: np.ndarray, identities, truth, new_share: float
     """
     thresholds, scores = threshold_curve(similarity, identities, truth, new_share)
     return float(thresholds[scores.argmax()])
+
+
+def expected_threshold(similarity: np.ndarray, new_share: float = NEW_SHARE) -> float:
+    """Return the threshold that makes ``new_whale`` the first guess of an expected share of the queries.
+
+    The third solution's way (section 5.5), which needs no labels: its .385 was to give 27.6 %.
+
+    Args:
+        similarity: (Q, C).
+        new_share: of the queries.
+
+    Raises:
+        ValueError: no queries, or a share outside 0 to 1.
+    """
+    if not similarity.size or not 0 <= new_share <= 1:
+        raise ValueError(f"similarities of shape {similarity.shape}, new_share = {new_share}")
+    best = np.sort(similarity.max(axis=1))
+    place = round(new_share * len(best))
+    ends = np.concatenate([[best[0] - 1], best, [best[-1] + 1]]).astype(float)
+    return float(ends[place : place + 2].mean())
+
+
+def centre(features: np.ndarray) -> np.ndarray:
+    """Return the templates (..., D), of length 1, of pools of features (section 5.4).
+
+    The mean direction of the features that are near it. Twice, while a pool has four or more left: of all that have a
+    cosine above .5 to their mean, if these are more than three quarters, else of the nearest three quarters. (In the
+    report a quarter is always discarded, and photographs are counted; in the code, features.)
+
+    Args:
+        features: (..., N, D) unit rows, a pool of N each.
+    """
+    features = np.asarray(features)
+    kept = np.ones(features.shape[:-1], dtype=bool)
+    for _ in range(2):
+        count = kept.sum(axis=-1, keepdims=True)
+        cosine = np.einsum("...nd,...d->...n", features, _direction(features, kept))
+        cosine = np.where(kept, cosine, -np.inf)
+        near = cosine > 0.5
+        rank = np.argsort(np.argsort(-cosine, axis=-1, kind="stable"), axis=-1)
+        fewer = np.where(near.sum(axis=-1, keepdims=True) > 0.75 * count, near, rank < 3 * count // 4)
+        kept = np.where(count < 4, kept, fewer)
+    return _direction(features, kept)
+
+
+def _direction(features: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    total = np.einsum("...nd,...n->...d", features, kept.astype(features.dtype))
+    return total / np.maximum(np.linalg.norm(total, axis=-1, keepdims=True), 1e-12)
+
+
+def templates(features: np.ndarray, identity) -> tuple[np.ndarray, np.ndarray]:
+    """Return one embedding an identity, the :func:`centre` of all its photographs' features.
+
+    Args:
+        features: (N, V, D) unit rows, V views of each of N photographs.
+        identity: (N,) identities; rows of ``new_whale`` or without one are left out.
+
+    Returns:
+        (C, D) and (C,) identities, sorted.
+    """
+    rows, names = _named(features, identity)
+    identities, place, counts = np.unique(names, return_inverse=True, return_counts=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.cumsum(counts) - counts
+    found = np.empty((len(identities), features.shape[-1]), dtype=features.dtype)
+    for count in np.unique(counts):  # pools of one size at a time
+        chosen = np.flatnonzero(counts == count)
+        pools = rows[order[starts[chosen, None] + np.arange(count)]]
+        found[chosen] = centre(pools.reshape(len(chosen), -1, features.shape[-1]))
+    return found, identities
+
+
+def template_similarity(queries: np.ndarray, templates: np.ndarray) -> np.ndarray:
+    """Return the cosines of queries and templates, a mean over networks and views (section 5.5, equation 5.1).
+
+    Args:
+        queries: (..., Q, D) unit rows, for each network and view.
+        templates: (..., C, D), the same.
+
+    Returns:
+        (Q, C) float32.
+    """
+    rows, columns = (
+        torch.from_numpy(np.asarray(part, dtype=np.float32)).reshape(-1, *part.shape[-2:])
+        for part in (queries, templates)
+    )
+    if len(rows) != len(columns):
+        raise ValueError(f"queries of {len(rows)} views, templates of {len(columns)}")
+    found = rows[0] @ columns[0].T
+    for row, column in zip(rows[1:], columns[1:], strict=True):
+        found.addmm_(row, column.T)
+    return found.div_(len(rows)).numpy()
 
 
 def confidence_of(guesses: np.ndarray, similarity: np.ndarray, identities, threshold: float) -> np.ndarray:
@@ -518,6 +611,53 @@ def hold_out(
     held[one_each.index[: round(share * len(known))]] = True
     held[strangers[: round(new * len(strangers))]] = True
     return catalog.where(~held), catalog.where(held)
+
+
+def pair_split(
+    catalog: "Catalog", pairs: int = 400, new_share: float = NEW_SHARE, seed: int = 508
+) -> tuple["Catalog", "Catalog"]:
+    """Split labelled photographs into those to train on and those to validate with, as the third solution does.
+
+    It validates on whales with exactly two photographs, both of them: the first is trained on too, the second is not.
+    The report has nothing on this split. On the contest's own photographs the draw is the solution's. Ours is what
+    happens with fewer whales: at most half of those with two photographs are taken, so that the others stay in
+    training with both.
+
+    Args:
+        catalog: labelled; of two photographs the first is the one that its table lists first.
+        pairs: whales to validate on.
+        new_share: photographs of ``new_whale`` to validate on, as a share of the others; rounded down, and no more than
+            there are.
+        seed: of the draw.
+
+    Returns:
+        Photographs to train on, without ``new_whale``, and to validate with. The first photograph of each pair is in
+        both; unlabelled ones are in neither.
+
+    Raises:
+        ValueError: nothing to hold out (pairs < 1, or fewer than two whales with exactly two photographs), or
+            new_share < 0.
+    """
+    table = catalog.table
+    counts = table.loc[table["identity"] != NEW_WHALE, "identity"].value_counts()
+    twos = sorted(counts.index[counts == 2])
+    pairs = min(pairs, len(twos) // 2)
+    if pairs < 1:
+        raise ValueError(
+            f"nothing can be held out of {catalog.name}: {len(twos)} of its whales have exactly two photographs, "
+            "and at most half of these are taken; two or more, and pairs from 1 up, are needed"
+        )
+    if not new_share >= 0:
+        raise ValueError(f"new_share = {new_share}: give a share from 0 up")
+    draw = random.Random(seed)  # Python's own: the solution's draw
+    draw.shuffle(twos)
+    strangers = sorted(table.loc[table["identity"] == NEW_WHALE, "image"])
+    draw.shuffle(strangers)
+    chosen = table["identity"].isin(twos[-pairs:])
+    second = chosen & table["identity"].duplicated()
+    trained = table["identity"].notna() & (table["identity"] != NEW_WHALE) & ~second
+    validated = chosen | table["image"].isin(strangers[: int(2 * pairs * new_share)])
+    return catalog.where(trained.to_numpy(dtype=bool)), catalog.where(validated.to_numpy(dtype=bool))
 
 
 def _nearest(similarity: np.ndarray, identities, count: int = GUESSES) -> tuple[np.ndarray, np.ndarray]:

@@ -309,6 +309,23 @@ def add_margin(cosines: torch.Tensor, labels: torch.Tensor, margin: float = 0.5)
     return changed.scatter_(1, place, torch.where(known[:, None], moved, own))
 
 
+def without_mirrored(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Let each row's own whale, mirrored, push nobody: the third solution's rule, of which the report is silent.
+
+    The logit of the mirrored class is taken for a constant, 1 above what it would be among logits that start from 0:
+    as shipped all others fall by 1 and it is set to 0. It has no gradient.
+
+    Args:
+        logits: (N, 2C): each known whale, then each of them mirrored.
+        labels: (N,) integers from 0 to 2C - 1.
+
+    Returns:
+        (N, 2C).
+    """
+    whales = logits.shape[1] // 2
+    return (logits - 1).scatter(1, ((labels + whales) % (2 * whales))[:, None], 0.0)
+
+
 def arcface(
     cosines: torch.Tensor, labels: torch.Tensor, margin: float = 0.5, scale: float = 64.0
 ) -> torch.Tensor:

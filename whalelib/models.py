@@ -6,6 +6,9 @@ Images enter as (N, 3, H, W) float tensors, RGB, 0 to 1; each network applies it
 import hashlib
 import importlib
 import io
+import math
+import re
+import warnings
 from pathlib import Path
 
 import timm
@@ -31,6 +34,7 @@ _LITE_PARTS = {
 }
 
 SENET154_URL = "http://data.lip6.fr/cadene/pretrainedmodels/senet154-c7b49a05.pth"
+DENSENET121_URL = "http://data.lip6.fr/cadene/pretrainedmodels/densenet121-fbdb23505.pth"
 SENET154_SHA256 = "c7b49a05"  # its first digits, as the file's name tells them
 SENET154_MEAN, SENET154_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -290,6 +294,36 @@ def _senet_map(network: nn.Module, stem: str, weights: Path | str | None, sha256
     return FeatureMap(network.to(memory_format=torch.channels_last), features, ("layer3", "layer4"))
 
 
+def densenet121(weights: Path | str | None = None, *, sha256: str | None = None, seed: int = 0) -> FeatureMap:
+    """Return the third solution's backbone, DenseNet-121 (section 5.3.1): (N, 1024, H / 32, W / 32).
+
+    From pretrainedmodels. Its last normalisation is there, without the ReLU that follows it in a classifier.
+
+    Args:
+        weights: path of pretrainedmodels' file, which you have to fetch from ``DENSENET121_URL``; None for random
+            weights.
+        sha256: of that file, or its first digits; default those that its published name ends with.
+        seed: of random weights.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message says where to get it.
+        ValueError: it is another file, or of another network.
+    """
+    import pretrainedmodels  # noqa: PLC0415 - as slow to import as timm, and needed here alone
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, of an argument that pretrainedmodels passes
+        torch.manual_seed(seed)
+        network = pretrainedmodels.densenet121(pretrained=None)
+    known = sha256 or Path(DENSENET121_URL).stem.rsplit("-", 1)[1]
+    return FeatureMap(network, without_classifier(network, weights, known, DENSENET121_URL), ("features",))
+
+
+def _newer_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a DenseNet's weights without the dots in "norm.1", which torch no longer allows in a name."""
+    return {re.sub(r"\b(norm|relu|conv)\.([12])\.", r"\1\2.", name): value for name, value in state.items()}
+
+
 def without_classifier(network: nn.Module, weights: Path | str | None, sha256: str, url: str) -> int:
     """Take the classifier off one of pretrainedmodels' networks, load its weights; return its number of features."""
     features = network.last_linear.in_features
@@ -302,10 +336,10 @@ def without_classifier(network: nn.Module, weights: Path | str | None, sha256: s
                 f"{weights}: no such file. The network's ImageNet weights are at {url}; "
                 "weights = None starts from random ones"
             )
-        state = load_checked(weights, sha256)
+        state = _newer_names(load_checked(weights, sha256))
         try:
             network.load_state_dict(
-                {k: v for k, v in state.items() if not k.startswith(("last_linear.", "fc."))}
+                {k: v for k, v in state.items() if not k.startswith(("last_linear.", "fc.", "classifier."))}
             )
         except RuntimeError as error:
             raise ValueError(f"{weights}: not the weights of this network. {error}") from error
@@ -515,6 +549,69 @@ class SecondPlace(nn.Module):
             "cosines": cosines(features, self.directions),
             "logits": self.SCALE * self.head(features),
         }
+
+
+def third_place_lite(variant: int = 0, pretrained: bool = True) -> FeatureMap:
+    """Return the laptop's stand-in for DenseNet-121: EfficientNet-Lite 0, 1 or 2, nothing of it frozen."""
+    network = lite(variant, pretrained)
+    return FeatureMap(network, network.num_features, ())
+
+
+class ThirdPlace(nn.Module):
+    """The third solution's network: a whole feature map to an embedding (sections 5.3 and 5.4, Figure 5.3).
+
+    Batch normalisation of the map, dropout of whole channels, a linear layer over all its cells, batch normalisation,
+    length 1; then cosines to a direction a class, for ArcFace. Nothing is frozen. Embeddings alone name a whale.
+
+    Args:
+        identities: C; there are 2C classes, each whale and each whale mirrored. ``new_whale`` has none: it is not
+            trained on. (The code kept two columns for it that are never used.)
+        backbone: a :class:`FeatureMap`; default the laptop's.
+        size: (H, W) of the images, for which the linear layer is made.
+        dimension: D of the embedding.
+        dropout: share of the channels.
+        mean, std: of the pixels of the pretraining, a number or one a channel. RGB in both editions.
+        seed: of the new weights; the directions' are Glorot's normal ones.
+    """
+
+    SCALE = 65.0
+
+    def __init__(
+        self,
+        identities: int,
+        backbone: FeatureMap | None = None,
+        *,
+        size: tuple[int, int] = (320, 320),
+        dimension: int = 512,
+        dropout: float = 0.5,
+        mean: float | tuple[float, ...] = LITE0_MEAN,
+        std: float | tuple[float, ...] = LITE0_STD,
+        seed: int = 0,
+    ):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.backbone = third_place_lite() if backbone is None else backbone
+            features, cells = self.backbone.num_features, math.prod(math.ceil(side / 32) for side in size)
+            self.neck = nn.Sequential(
+                nn.BatchNorm2d(features),
+                nn.Dropout2d(dropout),
+                nn.Flatten(),
+                nn.Linear(features * cells, dimension),
+                nn.BatchNorm1d(dimension),
+            )
+            self.directions = nn.Parameter(nn.init.xavier_normal_(torch.empty(2 * identities, dimension)))
+        self.identities = identities
+        _expect_pixels(self, mean, std)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Return embeddings (N, D), rows of length 1, of images (N, 3, H, W), RGB, from 0 to 1."""
+        return F.normalize(self.neck(self.backbone((images - self.mean) / self.std)))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return ``features`` (N, D) and ``cosines`` (N, 2C) of images (N, 3, H, W), RGB, 0 to 1."""
+        features = self.embed(images)
+        return {"features": features, "cosines": cosines(features, self.directions)}
 
 
 def count_parameters(module: nn.Module, trainable: bool = False) -> int:

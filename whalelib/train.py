@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -75,6 +76,7 @@ def fit(
     optimizer: Callable[[nn.Module], Optimizer] | None = None,
     schedule: Callable[[float], float] | None = None,
     clip: float | None = None,
+    accumulate: int | Callable[[int], int] = 1,
     sampler: Iterable | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -84,7 +86,8 @@ def fit(
     checkpoint_every: int | None = None,
     stop: Callable[[dict], bool] | None = None,
     on_epoch: Callable[[nn.Module, dict], dict | None] | None = None,
-    best: str | None = None,
+    best: str | Callable[[list[dict]], float] | None = None,
+    snapshots: tuple[int, int] | None = None,
     settings: dict | None = None,
 ) -> pd.DataFrame:
     """Train a model and return its history; the model is left trained, on the device.
@@ -102,6 +105,9 @@ def fit(
         schedule: from the position in epochs (2.5: in the middle of the third) to a factor of each group's
             learning rate; default 1. A function of the position alone, so nothing of it needs saving.
         clip: highest norm of the gradient, or None.
+        accumulate: batches whose gradients are averaged for one step of the optimizer, as if they were one larger
+            batch (but for batch normalisation, which sees each by itself); or a function of the epoch, from 0. What an
+            epoch has left over makes a smaller last step.
         sampler: yields an epoch's indices, or its batches as lists; default each index once, shuffled. Its
             draws come from torch's generator, or from its own seeded by ``set_epoch``.
         seed: of order, dropout and the like; give the dataset its own.
@@ -114,8 +120,10 @@ def fit(
         stop: told each epoch's row, ends the run when true.
         on_epoch: called with (model, row) after each epoch, for instance to validate; what it returns is
             logged.
-        best: a logged name: the weights of the epoch where it is highest are kept as ``best.safetensors``, the
-            optimizer's state with them; see ``load_best``.
+        best: a logged name, or a function of the rows so far: the weights of the epoch where it is highest are kept
+            as ``best.safetensors``, the optimizer's state with them; see ``load_best``.
+        snapshots: (every, count): after every so many epochs the weights are kept in ``snapshots/``, the last ``count``
+            of them; with ``best`` those up to the best epoch. See ``average_weights``.
         settings: what else must be the same for a checkpoint to be continued (plain values).
 
     Returns:
@@ -138,6 +146,8 @@ def fit(
     recipe = {
         "batch_size": batch_size,
         "clip": clip,
+        "accumulate": accumulate if isinstance(accumulate, int) else _name(accumulate),
+        "snapshots": snapshots,
         "precision": precision,
         "seed": seed,
         "loss": _name(loss),
@@ -165,34 +175,35 @@ def fit(
             batches = epoch_batches(len(dataset), batch_size, sampler, seed=seed, epoch=progress.epoch)
             meter = _Meter(fabric, progress, bar, epochs, len(batches))
             model.train()
+            group = accumulate if isinstance(accumulate, int) else accumulate(progress.epoch)
             for batch in _seeded(fabric, dataset, batches, progress, seed=seed, workers=workers):
                 factor = schedule(progress.epoch + progress.step / len(batches)) if schedule else 1.0
                 _set_rates(optimizer, rates, factor)
                 values = loss(network(batch["image"]), batch)
                 values = values if isinstance(values, dict) else {"loss": values}
-                fabric.backward(values["loss"])
-                norm = fabric.clip_gradients(
-                    network, stepper, max_norm=math.inf if clip is None else clip, error_if_nonfinite=False
-                )
-                meter.add(values | {"gradient": norm})
-                stepper.step()
-                stepper.zero_grad()
+                together, last = _group(progress.step, len(batches), group)
+                with fabric.no_backward_sync(network, enabled=not last):
+                    fabric.backward(values["loss"] / together)
+                if last:  # the meter's mean is over batches
+                    values = values | {"gradient": together * _update(fabric, network, stepper, clip)}
+                meter.add(values)
                 progress.step += 1
                 if (
                     checkpoint_every
+                    and last
                     and progress.step % checkpoint_every == 0
                     and progress.step < len(batches)
                 ):
                     meter.read()
                     checkpoints.save(model, optimizer, progress)
-            row = meter.finish() | {
-                "lr": optimizer.param_groups[0]["lr"],
-                "seconds": round(progress.seconds, 2),
-            }
+            row = meter.finish()
+            row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": round(progress.seconds, 2)}
             if on_epoch:
                 found = on_epoch(model, dict(row)) if fabric.is_global_zero else None
                 row |= _plain(fabric.broadcast(found) or {})
             progress = Progress(epoch=progress.epoch + 1, rows=[*progress.rows, row])
+            if snapshots:
+                checkpoints.save_snapshot(model, progress.epoch, *snapshots)
             if best:
                 checkpoints.save_best(model, optimizer, progress, best)
             checkpoints.save(model, optimizer, progress)
@@ -256,7 +267,8 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove what an earlier run left."""
         if self.writes:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            for name in ("checkpoints", "snapshots", "best-snapshots"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in ("log.csv", "best.safetensors", "best-optimizer.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
 
@@ -286,14 +298,36 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         self._write_log(progress)
 
-    def save_best(self, model: nn.Module, optimizer: Optimizer, progress: Progress, name: str) -> None:
-        """Keep the state apart, if the last row is the highest in what is logged as ``name``."""
-        if name not in progress.rows[-1]:
-            raise ValueError(f"best = {name!r}: the log has {', '.join(progress.rows[-1])}")
-        if self.writes and progress.rows[-1][name] >= max(row[name] for row in progress.rows):
+    def save_best(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress: Progress,
+        best: str | Callable[[list[dict]], float],
+    ) -> None:
+        """Keep the state apart, if the last row is the highest in ``best``, see ``fit``."""
+        rows = progress.rows
+        if isinstance(best, str) and best not in rows[-1]:
+            raise ValueError(f"best = {best!r}: the log has {', '.join(rows[-1])}")
+        if not self.writes:
+            return
+        found = [row[best] if isinstance(best, str) else best(rows[: i + 1]) for i, row in enumerate(rows)]
+        if found[-1] >= max(found):
             with replacing(self.folder / "best-optimizer.safetensors") as part:
                 _write_tensors(_optimizer_state(model, optimizer)[0], part)
             save_weights(model, self.folder / "best.safetensors")
+            if (self.folder / "snapshots").exists():
+                shutil.rmtree(self.folder / "best-snapshots", ignore_errors=True)
+                shutil.copytree(self.folder / "snapshots", self.folder / "best-snapshots")
+
+    def save_snapshot(self, model: nn.Module, epoch: int, every: int, count: int) -> None:
+        """Keep the weights of an epoch, from 1, if it is one in ``every``, and the last ``count`` of such alone."""
+        if self.writes and epoch % every == 0:
+            home = self.folder / "snapshots"
+            home.mkdir(exist_ok=True)
+            save_weights(model, home / f"{epoch:05d}.safetensors")
+            for old in sorted(home.glob("*.safetensors"))[:-count]:
+                old.unlink()
 
     def load(self, model: nn.Module, optimizer: Optimizer) -> Progress:
         """Put the latest checkpoint into the model and the optimizer; without one, change nothing.
@@ -365,6 +399,39 @@ def load_best(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def average_weights(model: nn.Module, paths: Iterable[Path], batches: Iterable[torch.Tensor]) -> None:
+    """Give a model the mean of several files of weights, and statistics of its own (SWA, section 5.3.3).
+
+    Each file counts alike: a moving average whose i-th file, from 0, enters with weight 1 / (1 + i) is the mean of
+    all, where the report reads decreasing weights. The mean network was never trained, so the statistics of its batch
+    normalisations are computed anew, as shipped in one pass in training mode, dropout on.
+
+    Args:
+        model: of the files' shape; left in the mode it was in.
+        paths: what ``save_weights`` wrote, one or more.
+        batches: images (N, C, H, W), once through what the network was trained on.
+
+    Raises:
+        ValueError: no files.
+        CheckpointError: a file is missing, damaged, or of another model.
+
+    Source: Izmailov et al. (2018).
+    """
+    paths = list(paths)
+    if not paths:
+        raise ValueError("no weights to average")
+    mean: AveragedModel | None = None
+    for path in paths:
+        load_weights(model, path)
+        mean = mean or AveragedModel(model)
+        mean.update_parameters(model)
+    model.load_state_dict(mean.module.state_dict())
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        update_bn(batches, model, device=device)
+
+
 @functools.cache
 def keep_memory() -> None:
     """Tell glibc to keep freed memory for the next step.
@@ -419,7 +486,7 @@ class _Meter:
 
     def _check(self) -> None:
         for name in ("loss", "gradient"):
-            if not math.isfinite(value := self.sums[name].item()):
+            if name in self.sums and not math.isfinite(value := self.sums[name].item()):
                 raise TrainingError(
                     f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1} or just before: "
                     f"{name} is {value}. The last good checkpoint, if any, is kept."
@@ -439,6 +506,9 @@ def _fabric(device: str, precision: str) -> Fabric:
         raise ValueError(
             "precision = 'bf16-mixed': this CPU has no bfloat16 instructions and would take ten times longer"
         )
+    torch.backends.cudnn.benchmark = (
+        True  # images of one size: the fastest convolutions are worth looking for
+    )
     processes, nodes = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy = "ddp" if processes * nodes > 1 else "auto"
@@ -468,6 +538,21 @@ def _tell_epoch(epoch: int, *parts: object) -> None:
 def _set_rates(optimizer: Optimizer, rates: list[float], factor: float) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate * factor
+
+
+def _group(step: int, steps: int, size: int) -> tuple[int, bool]:
+    """Return how many batches make the step that batch ``step``, from 0, is part of, and if it is the last of them."""
+    full = steps // size * size
+    return size if step < full else steps - full, (step + 1) % size == 0 or step + 1 == steps
+
+
+def _update(fabric: Fabric, network: nn.Module, stepper: Optimizer, clip: float | None) -> torch.Tensor:
+    """Let the optimizer take a step, and return the gradient's norm before clipping."""
+    limit = math.inf if clip is None else clip
+    norm = fabric.clip_gradients(network, stepper, max_norm=limit, error_if_nonfinite=False)
+    stepper.step()
+    stepper.zero_grad()
+    return norm
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The course's command line: ``python -m whalelib.course {run,figures,ledger,refresh}``.
+"""The course's command line: ``python -m whalelib.course {run,figures,ledger,refresh,order}``.
 
 Exit code: 0 all went well, 1 a notebook failed, 2 the request can't be met, 130 interrupted.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from whalelib.course.execute import Outcome, environment, refresh
-from whalelib.course.notebooks import CourseError, discover
+from whalelib.course.notebooks import CourseError, discover, trainers_first
 from whalelib.course.results import table
 from whalelib.course.runner import Course, jobs_of, tell, tell_meanwhile
 from whalelib.ledger import LedgerError, append_ledger, commit_of, ledger_path, project_root, read_rows
@@ -31,6 +31,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "figures": "the same, ending with the list of figures",
         "ledger": "execute apart from the course and append what was measured to the ledger",
         "refresh": "execute the committed notebooks in place with their default parameters",
+        "order": "print the notebooks' paths in the order to start several at a time",
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -38,7 +39,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--folder", type=Path, default=project_root() / "notebooks", help="where they are"
         )
-        if name == "refresh":
+        if name in ("refresh", "order"):
             continue
         default = Settings()
         command.add_argument("--data", default=default.data, help="world[:PRESET[@SEED]], kaggle, or a path")
@@ -160,10 +161,16 @@ def _refresh(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _order(arguments: argparse.Namespace) -> int:
+    chosen = discover(arguments.folder, arguments.notebooks)
+    print("\n".join(_near(notebook.path) for notebook in trainers_first(chosen)))
+    return 0
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = _arguments(given)
-    commands = {"run": _run, "figures": _run, "ledger": _ledger, "refresh": _refresh}
+    commands = {"run": _run, "figures": _run, "ledger": _ledger, "refresh": _refresh, "order": _order}
     try:
         return commands[arguments.command](arguments)
     except (CourseError, LedgerError) as error:

@@ -82,3 +82,11 @@ def discover(folder: Path, patterns: str = "") -> list[Notebook]:
             raise CourseError(f"no notebook matches {pattern!r}; there are\n  {names}")
         chosen |= hits
     return [book for book in found if book in chosen]
+
+
+def trainers_first(books: list[Notebook]) -> list[Notebook]:
+    """Return the notebooks in the order to start several at a time: first those that train what others need.
+
+    Their metadata say what, under ``trains``. Started late, one would keep all that wait for it from using the cores.
+    """
+    return sorted(books, key=lambda book: not book.about.get("trains"))

@@ -22,13 +22,13 @@ from whalelib.course.execute import (
     lost,
     up_to_date,
 )
-from whalelib.course.notebooks import CourseError, Notebook
+from whalelib.course.notebooks import CourseError, Notebook, trainers_first
 from whalelib.course.results import write_results
 from whalelib.ledger import ledger_path, read_rows
 from whalelib.run import Run, Settings
 
 CORES = os.cpu_count() or 1
-AT_ONCE = min(CORES + 1, 4)  # one more than cores, as some wait for a network that another one trains
+AT_ONCE = min(CORES + 2, 4)  # more than cores, as some wait for a network that another one trains
 # Of processes that are forked from a server the libraries are imported once, and no thread of ours is copied.
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["whalelib.course.execute"])
@@ -100,7 +100,7 @@ class Course:
         fingerprint = self._open_data()
         self._known = {notebook: load(self.build, notebook) for notebook in self.everything}
         self._write_index()
-        waiting, finished = deque(self.chosen), []
+        waiting, finished = deque(self.chosen if jobs == 1 else trainers_first(self.chosen)), []
         share = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, CORES // jobs))}
         try:
             while waiting or self._running or finished:

@@ -153,6 +153,31 @@ class PxK:
         return list(rng.permutation(own)[: count * self.images].reshape(count, self.images))
 
 
+class Shuffled:
+    """A sampler of shuffled batches; what an epoch doesn't fill is left out, unless it is the only one.
+
+    For ``train.fit``, as part of ``Portions``. Its draws come from its own generator, of (seed, epoch).
+
+    Args:
+        count: of the items.
+        batch: items in a batch.
+        seed: of the draws.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int = 0):
+        self.count, self.batch, self.seed, self.epoch = count, batch, seed, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the epoch's batches."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
+        for start in range(0, max(self.count - self.batch, 0) + 1, self.batch):
+            yield order[start : start + self.batch]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0 up."""
+        self.epoch = epoch
+
+
 class Portions:
     """A sampler that gives so many batches an epoch, one portion after another of what another sampler deals out.
 
@@ -163,7 +188,7 @@ class Portions:
         batches: in a portion.
     """
 
-    def __init__(self, sampler: PxK, batches: int):
+    def __init__(self, sampler: PxK | Shuffled, batches: int):
         self.sampler, self.batches, self.epoch = sampler, batches, 0
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -1,8 +1,8 @@
 """Does a solution's network fit this machine, and how fast is it? `python -m whalelib.recipes.full_step`.
 
 A few steps of the `paper` profile, with 10,008 classes: the first solution's SENet-154 and photographs of 4 x 256 x
-512, or with `--recipe second` a backbone of the second and one of its two sizes; forward, the three losses, backward,
-clipping where there is any, and Adam, by the code that trains it. Time and memory depend on no picture, so the pixels
+512; with `--recipe second` a backbone of the second and one of its two sizes; forward, the losses, backward, clipping
+where there is any, and Adam, by the code that trains it. Time and memory depend on no picture, so the pixels
 are random, and so are the weights.
 """
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from whalelib import metrics
+from whalelib import metrics, postprocess
 from whalelib.contest import read_submission
-from whalelib.report import chapter2, chapter3, chapter4
+from whalelib.data.catalog import Catalog, problem_table
+from whalelib.report import chapter2, chapter3, chapter4, chapter5
 
 SPLITS = chapter2.SPLITS
 COMMON = 5
@@ -383,6 +384,120 @@ def _votes(reference: Path) -> dict[str, float]:
         name: float((rank_vote(singles, weights, worth)[:, 0] == ensemble).mean())
         for name, worth in points.items()
     }
+
+
+def third_place_labels(reference: Path, version: str = "train") -> pd.Series:
+    """The third solution's labels of training photographs, indexed by their names; "train.v2" has its groups."""
+    return pd.read_csv(_third_place(reference) / f"{version}.csv", index_col="Image")["Id"]
+
+
+def third_place_catalog(reference: Path) -> Catalog:
+    """The third solution's training photographs as a catalog, of which there are no files."""
+    labels = third_place_labels(reference)
+    columns = {
+        "image": labels.index,
+        "identity": labels.to_numpy(),
+        "path": "/" + labels.index,
+        "split": "train",
+    }
+    return Catalog("third solution", Path("/"), pd.DataFrame(columns).astype("str"), problem_table([]))
+
+
+def third_place_guesses(reference: Path, processed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The photographs and the guesses of the third solution's submission: (7960, 5), or (7960, 6) processed."""
+    name = "submission.processed" if processed else "submission"
+    return metrics.parse_predictions(
+        read_submission(Path(reference) / "submissions" / "third" / f"{name}.csv")
+    )
+
+
+def third_place_groups(reference: Path) -> dict[str, tuple[str, ...]]:
+    """The third solution's groups of ids that are one whale."""
+    return postprocess.read_groups(
+        _third_place(reference) / "duplicate_ids.csv", set(third_place_labels(reference))
+    )
+
+
+def third_place_leaks(reference: Path) -> dict[str, str]:
+    """The published answers of 135 test photographs."""
+    return postprocess.read_leaks(
+        _third_place(reference) / "leaks.csv", third_place_guesses(reference)[0], identities(reference)
+    )
+
+
+def third_place_processed(reference: Path) -> postprocess.Processed:
+    """The third solution's submission after `postprocess.post_process`.
+
+    The sizes of the photographs are not at hand: they are made so that the rule of sizes does what is left to explain.
+    """
+    images, guesses = third_place_guesses(reference)
+    groups, leaks = third_place_groups(reference), third_place_leaks(reference)
+    labels = third_place_labels(reference)
+    swaps = chapter5.size_swaps(images, guesses, third_place_guesses(reference, True)[1], groups, leaks)
+    sizes = chapter5.made_sizes(images, swaps, groups, labels)
+    return postprocess.post_process(images, guesses, groups, leaks, sizes, labels)
+
+
+def chapter5_facts(reference: Path) -> pd.DataFrame:
+    """The numbers of `whalelib.report.chapter5_facts`: fact, value."""
+    from whalelib import report  # noqa: PLC0415
+    from whalelib.identify import pair_split  # noqa: PLC0415
+
+    labels, grouped = third_place_labels(reference), third_place_labels(reference, "train.v2")
+    groups, leaks = third_place_groups(reference), third_place_leaks(reference)
+    kinds = postprocess.compare_labels(labels, grouped, groups).set_index(["from", "to"])
+    twins = labels[labels.isin([name for ids in groups.values() for name in ids])]
+    training, validation = (part.table["identity"] for part in pair_split(third_place_catalog(reference)))
+    images, raw = third_place_guesses(reference)
+    submitted, processed = third_place_guesses(reference, True)[1], third_place_processed(reference)
+    steps = processed.changes["step"].value_counts()
+    leaked = pd.Series(images).isin(leaks).to_numpy()
+    answers = np.array([leaks[image] for image in images[leaked]], dtype=object)
+    scores = report.table("5.3").set_index("Model")
+    gap = scores.loc["Park's"] - scores.loc["Ours"]
+    rows = [
+        ("labels", len(labels)),
+        ("photographs that the labels lack", len(identities(reference)) - len(labels)),
+        ("photographs of whales, which guesses are compared with", (labels != metrics.NEW_WHALE).sum()),
+        ("groups of ids", len(groups)),
+        ("ids in groups", sum(map(len, groups.values()))),
+        ("labels changed by grouping", kinds["photographs"].sum()),
+        ("of these, of whales, to groups", kinds.loc[("whale", "group"), "photographs"]),
+        ("ids put into groups", kinds.loc[("whale", "group"), "labels_before"]),
+        ("groups used", kinds.loc[("whale", "group"), "labels_after"]),
+        ("photographs of groups not used", (twins == grouped[twins.index]).sum()),
+        ("of these, of new_whale, to new ids", kinds.loc[(metrics.NEW_WHALE, "new id"), "photographs"]),
+        ("new ids", kinds.loc[(metrics.NEW_WHALE, "new id"), "labels_after"]),
+        ("of these, of new_whale, to whales", kinds.loc[(metrics.NEW_WHALE, "whale"), "photographs"]),
+        ("of these, of new_whale, to groups", kinds.loc[(metrics.NEW_WHALE, "group"), "photographs"]),
+        ("ids after grouping", grouped[grouped != metrics.NEW_WHALE].nunique()),
+        ("photographs of new_whale after grouping", (grouped == metrics.NEW_WHALE).sum()),
+        ("training photographs", len(training)),
+        ("whales trained on", training.nunique()),
+        ("validation photographs", len(validation)),
+        ("validation photographs of new_whale", (validation == metrics.NEW_WHALE).sum()),
+        ("rows with an id of a group first", np.isin(raw[:, 0], twins.unique()).sum()),
+        ("rows changed by duplicates", steps["duplicates"]),
+        ("rows changed by sizes", steps["sizes"]),
+        ("rows changed by leaks", steps["leaks"]),
+        ("rows changed by all steps", postprocess.changed(raw, submitted).sum()),
+        ("rows changed otherwise", postprocess.changed(processed.guesses, submitted).sum()),
+        ("rows of six guesses", (submitted[:, 5:] != None).any(axis=1).sum()),  # noqa: E711
+        ("share of new_whale first, before", (raw[:, 0] == metrics.NEW_WHALE).mean()),
+        ("share of new_whale first, after", (submitted[:, 0] == metrics.NEW_WHALE).mean()),
+        ("published leaks", len(leaks)),
+        ("leaks named first before", (raw[leaked, 0] == answers).sum()),
+        ("leaks named before", (raw[leaked] == answers[:, None]).any(axis=1).sum()),
+        ("MAP@5 of the leaks before", metrics.map_at_k(raw[leaked], answers)),
+        ("MAP@5 of the leaks after", metrics.map_at_k(submitted[leaked], answers)),
+        ("gap to Park's public score", gap["Public"]),
+        ("gap to Park's private score", gap["Private"]),
+    ]
+    return pd.DataFrame(rows, columns=["fact", "value"]).astype({"value": float}).round(6)
+
+
+def _third_place(reference: Path) -> Path:
+    return Path(reference) / "competition" / "third_place"
 
 
 def find_predictions(reference: Path) -> list[Path]:

@@ -1,0 +1,394 @@
+"""The third place solution of Park (chapter 5 of the report), from photographs to five guesses.
+
+A box and four landmarks of each fluke, crops that are aligned half of the time, the augmentations of Table 5.1, every
+photograph a second time mirrored as a whale of its own, DenseNet-121 and an embedding trained with ArcFace alone, the
+mean of the last weights, a template for each whale, and cosines: of photograph to template and of mirror image to
+mirrored template, averaged over three networks.
+
+Editions. Where the report says nothing, both do what the solution's code does. Where report and code contradict each
+other, `as_described` follows the report, its slips mended, and `as_shipped` the code.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from whalelib import augment, landmarks
+from whalelib.data import NEW_WHALE, Catalog, statistics
+from whalelib.data.batches import Portions, Shuffled
+from whalelib.data.photographs import as_tensor
+from whalelib.identify import (
+    centre,
+    embed,
+    expected_threshold,
+    hold_out,
+    pair_split,
+    template_similarity,
+    templates,
+    top5,
+)
+from whalelib.keypoints import PointedPhotographs
+from whalelib.losses import add_margin, cross_entropy, without_mirrored
+from whalelib.metrics import map_at_k
+from whalelib.models import DENSENET121_URL, SENET154_MEAN, SENET154_STD, ThirdPlace, densenet121
+from whalelib.recipes import baseline, first
+from whalelib.recipes.baseline import Answer
+from whalelib.recipes.first import Mirrored
+from whalelib.run import Run
+from whalelib.train import average_weights, fit
+
+SIZES = {"lab": (128, 128), "paper": (320, 320)}  # (H, W)
+FRAMES = {
+    "lab": (128, 224),
+    "paper": (480, 800),
+}  # (H, W) that a whole photograph is kept in before it is cropped
+BATCH = 32
+MARGIN = 0.5  # radians
+EPOCHS = {"lab": 20, "paper": 500}
+RATE = {"lab": 1e-3, "paper": 5e-4}
+NEW_RATE = {"lab": 10, "paper": 1}  # times that, for what starts from nothing
+SNAPSHOTS = {"lab": (1, 5), "paper": (2, 10)}  # every so many epochs; how many of them are averaged
+THRESHOLD = 0.385  # of new_whale, as shipped
+
+# Table 5.2: milestones as shares of the training, where the rate is halved; times the highest rate; class grouping.
+MODELS = {"1": ((0.5, 0.7), 1, False), "2": ((0.3, 0.4), 1, False), "3": ((0.3, 0.4), 0.5, True)}
+
+# Sources that a trained network does not depend on, but through its photographs and landmarks, which are in the key.
+APART = (
+    *("bench.py", "contest.py", "metrics.py", "postprocess.py", "realism.py"),
+    *(f"recipes/{name}.py" for name in ("full_step", "head", "ladder", "second")),
+    *("data/catalog.py", "data/layouts.py", "data/quadruplets.py", "data/statistics.py", "data/world/"),
+)
+
+
+class Flukes(Dataset):
+    """Photographs cropped about the fluke, and aligned or not (sections 5.1.1 and 5.2.4).
+
+    In training, item i of 2N is a photograph, and from N on its mirror image, which is another whale: augmented whole,
+    with its box and landmarks, then cropped and, half of the time, aligned, all with draws of (seed, epoch, i) alone.
+    Otherwise item i of N is the photograph, cropped. An item is a dict: ``image`` (3, H, W) float32 RGB, 0 to 1;
+    ``label``, the whale's place in ``known``, plus C of the mirrored one, -1 for no such whale; ``index``.
+
+    Args:
+        catalog: N photographs with boxes and landmarks.
+        size: (H, W) of the items, a square.
+        frame: (H, W) in which whole photographs are kept.
+        known: the C whales.
+        transform: of training; None for validation and test.
+        aligned: share of the items that are aligned: in training usually .5, else 0 or 1.
+        seed: of the draws.
+        turns: degrees clockwise by name, of photographs to be turned (section 5.2.1); not in training.
+        folder: where decoded photographs are kept.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        size: tuple[int, int],
+        frame: tuple[int, int],
+        known: Sequence[str],
+        *,
+        transform=None,
+        aligned: float = 0,
+        seed: int = 0,
+        turns: Mapping[str, int] | None = None,
+        folder: Path | None = None,
+    ):
+        self.photographs = PointedPhotographs(catalog, frame, known=list(known), seed=seed, folder=folder)
+        self.catalog, self.size, self.transform, self.aligned = catalog, size, transform, aligned
+        self.seed, self.epoch = seed, 0
+        shape = statistics(catalog)[["height", "width"]].to_numpy(dtype=float)
+        self.boxes, self.points = landmarks.shares(catalog.table, shape)
+        self.turns = [(turns or {}).get(name, 0) for name in catalog.table["image"]]
+        own = self.photographs.labels
+        mirrored = np.where(own < 0, -1, own + len(known))
+        self.labels = own if transform is None else np.concatenate([own, mirrored])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """Return item ``index`` as the class says."""
+        index = range(len(self))[index]
+        image = self._plain(index) if self.transform is None else self._augmented(index)
+        return {"image": as_tensor(image), "label": int(self.labels[index]), "index": index}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0 up, whose draws the items show."""
+        self.epoch = epoch
+
+    def plain(self, aligned: float = 0) -> "Flukes":
+        """Return the photographs without augmentation, each once; what was decoded is shared."""
+        other = copy(self)
+        other.transform, other.labels, other.aligned = None, self.photographs.labels, aligned
+        return other
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the items."""
+        transform = None if self.transform is None else self.transform.to_dict()
+        found = [self.boxes.tolist(), self.points.tolist(), self.turns]
+        parts = [self.photographs.fingerprint, self.size, transform, self.aligned, self.seed, found]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+    def _whole(self, place: int) -> np.ndarray:
+        height, width = self.photographs.inner[place]
+        return self.photographs.pixels(place)[:height, :width]
+
+    def _plain(self, place: int) -> np.ndarray:
+        image, box, points = self._whole(place), self.boxes[place], self.points[place]
+        if self.turns[place]:
+            image, box, points = landmarks.turned(image, box, points, self.turns[place])
+        return self._cropped(image, points, landmarks.crop_of(box, points), bool(self.aligned))
+
+    def _augmented(self, index: int) -> np.ndarray:
+        place = index % len(self.photographs)
+        image, points = self._whole(place), self.points[place]
+        (x, y), sides = self.boxes[place, :2], self.boxes[place, 2:]
+        corners = np.array([(x, y)]) + np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * sides / 2
+        if index >= len(self.photographs):
+            image = np.ascontiguousarray(image[:, ::-1])
+            points, corners = (
+                part * (-1, 1) + (1, 0) for part in (points[list(landmarks.MIRRORED)], corners)
+            )
+        sides, key = np.array(image.shape[1::-1]), (self.seed, self.epoch, index)
+        both = np.concatenate([points, corners]) * sides
+        changed = augment.augmented(self.transform, key, image=image, keypoints=both)
+        both = changed["keypoints"] / sides
+        points, low, high = both[: len(points)], both[len(points) :].min(0), both[len(points) :].max(0)
+        draws = np.random.default_rng([*key, 1])
+        crop = landmarks.crop_of(np.concatenate([(low + high) / 2, high - low]), points, draws)
+        points = landmarks.jittered(points, draws)
+        return self._cropped(changed["image"], points, crop, draws.random() < self.aligned)
+
+    def _cropped(self, image: np.ndarray, points: np.ndarray, crop: np.ndarray, align: bool) -> np.ndarray:
+        x0, y0, x1, y1 = landmarks.crop_pixels(crop, np.array(image.shape[:2])).astype(int)
+        side = self.size[0]
+        piece = cv2.resize(image[y0:y1, x0:x1], (side, side))
+        return landmarks.aligned(piece, landmarks.within(points, crop) * side, side) if align else piece
+
+
+def loss(output: dict, batch: dict, *, margin: float = MARGIN) -> dict[str, torch.Tensor]:
+    """Return ArcFace's loss, the only one (section 5.3.2), with the whale's mirror image taken out of it."""
+    labels, cosines = batch["label"], output["cosines"]
+    logits = without_mirrored(ThirdPlace.SCALE * add_margin(cosines, labels, margin), labels)
+    return {
+        "loss": cross_entropy(logits, labels),
+        "right": (cosines.detach().argmax(1) == labels).float().mean(),
+    }
+
+
+def optimizer(model: ThirdPlace, rate: float = 5e-4, new: float = 1) -> torch.optim.Optimizer:
+    """Return Adam with weight decay 5e-4 in the gradient, over everything.
+
+    rate: of the backbone; new: times that, for neck and directions, which start from nothing.
+    """
+    fresh = [*model.neck.parameters(), model.directions]
+    groups = [{"params": list(model.backbone.parameters())}, {"params": fresh, "lr": rate * new}]
+    return torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.999), weight_decay=5e-4)
+
+
+def network(profile: str, identities: int, seed: int, size: tuple[int, int] | None = None) -> ThirdPlace:
+    """Return the network of a profile: EfficientNet-Lite0 on a laptop (`lab`), DenseNet-121 as in the report (`paper`).
+
+    The environment's WHALE_DENSENET121 is the path of DenseNet-121's ImageNet weights; without it a warning says where
+    to get them, and the network starts from random ones.
+    """
+    size = size or SIZES[profile]
+    if profile != "paper":
+        return ThirdPlace(identities, size=size, seed=seed)
+    weights = os.environ.get("WHALE_DENSENET121")
+    if not weights:
+        warnings.warn(
+            "DenseNet-121 starts from random weights, with which it will learn little from so few photographs: get "
+            f"{DENSENET121_URL} and set WHALE_DENSENET121 to its path",
+            stacklevel=2,
+        )
+    pixels = {"mean": SENET154_MEAN, "std": SENET154_STD}
+    return ThirdPlace(identities, densenet121(weights or None, seed=seed), size=size, seed=seed, **pixels)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a network may be trained with besides the profile's and the edition's.
+
+    model: of Table 5.2; margin: ArcFace's, radians; images: share of the budget; aligned: share of the crops; average:
+    the last weights, or take the last alone; size: (H, W).
+    """
+
+    model: str = "1"
+    margin: float = MARGIN
+    images: float = 1.0
+    aligned: float = 0.5
+    average: bool = True
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The photographs as the recipe takes them, all with boxes and landmarks.
+
+    rest: known whales to train on; held: pairs of known whales, and new whales, to validate with; gallery: all known
+    whales, for the templates; queries: to name.
+    """
+
+    rest: Catalog
+    held: Catalog
+    gallery: Catalog
+    queries: Catalog
+    size: tuple[int, int]
+    frame: tuple[int, int]
+    edition: str
+    seed: int
+
+    @property
+    def known(self) -> list[str]:
+        """The whales, in the order of the classes."""
+        return self.rest.known
+
+    def flukes(self, part: Catalog, **options) -> Flukes:
+        """Return the items of one of the parts."""
+        chosen = {"seed": self.seed, "turns": landmarks.TURNS, **options}
+        return Flukes(part, self.size, self.frame, self.known, **chosen)
+
+
+def parts(run: Run, size: tuple[int, int] | None = None) -> Parts:
+    """Find boxes and landmarks in the run's data, and part the photographs as the solution does."""
+    located, settings = landmarks.located(run), run.settings
+    rest, held = pair_split(located.train)
+    sizes = size or SIZES[settings.profile], FRAMES[settings.profile]
+    gallery = baseline.named(located.train)
+    return Parts(rest, held, gallery, located.test, *sizes, settings.edition, settings.seed)
+
+
+def rate_factor(position: float, epochs: int, milestones: tuple[float, ...]) -> float:
+    """Return the learning rate's factor at a position in so many epochs: halved at each milestone (section 5.3.3)."""
+    return 0.5 ** sum(position >= share * epochs for share in milestones)
+
+
+def accumulated(epoch: int) -> int:
+    """Return how many batches make a step: two in the first three epochs, as shipped; the report is silent."""
+    return 2 if epoch < 3 else 1
+
+
+def trained(run: Run, choices: Choices | None = None) -> first.Trained:
+    """Train a network, or fetch it from the cache, or go on where a killed run stopped.
+
+    It sees as many images as the baseline of notebook 01_02 does of the same data. Under `lab` in twenty epochs of
+    equal length, of which the last five make the mean; under `paper` in five hundred, and the mean is of ten files, all
+    two epochs apart, up to where the mean of the last twenty validations is best.
+    """
+    choices, settings = choices or Choices(), run.settings
+    profile = settings.profile
+    here = parts(run, choices.size)
+    given = profile == "paper" and bool(os.environ.get("WHALE_DENSENET121"))
+    data = [part.fingerprint for part in (here.rest, here.held)]
+    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
+    folder = run.folder("third", apart=APART, **key)
+    model = network(profile, len(here.known), settings.seed, here.size).to(run.device)
+    history = first.trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder))
+    return first.Trained(model, here, history)
+
+
+def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: Path) -> pd.DataFrame:
+    profile, edition, seed = run.settings.profile, run.settings.edition, run.settings.seed
+    pixels = run.folder("third-pixels", size=here.frame)
+    transform = augment.third_place(here.frame, edition)
+    data = here.flukes(here.rest, transform=transform, aligned=choices.aligned, folder=pixels)
+    held = here.flukes(here.held, folder=pixels)
+    milestones, slower, _ = MODELS[choices.model]
+    epochs, paper = EPOCHS[profile], profile == "paper"
+    portion = max(1, round(budget(profile, here) * choices.images / BATCH / epochs))
+    history = fit(
+        model,
+        data,
+        partial(loss, margin=choices.margin),
+        epochs=epochs,
+        folder=folder,
+        batch_size=BATCH,
+        optimizer=partial(optimizer, rate=RATE[profile] * slower, new=NEW_RATE[profile]),
+        schedule=partial(rate_factor, epochs=epochs, milestones=milestones),
+        accumulate=accumulated if paper else 1,
+        sampler=Portions(Shuffled(len(data), BATCH, seed), portion),
+        seed=seed,
+        device=run.device,
+        on_epoch=partial(_validate, held=held, every=SNAPSHOTS[profile][0] if paper else epochs),
+        best=mean_score if paper else None,
+        snapshots=SNAPSHOTS[profile],
+        settings={"choices": asdict(choices), "portion": portion},
+    )
+    if choices.average:
+        files = sorted((folder / ("best-snapshots" if paper else "snapshots")).glob("*.safetensors"))
+        plain = data.plain()
+        images = DataLoader(plain, batch_size=BATCH, drop_last=len(plain) >= BATCH)
+        average_weights(model, files, (batch["image"] for batch in images))
+    return history.assign(images=history["steps"] * BATCH)
+
+
+def budget(profile: str, parts: Parts) -> int:
+    """Return how many images the baseline sees of the same data: as many as this recipe may see."""
+    rest, _ = hold_out(parts.gallery, seed=parts.seed)  # the baseline's
+    return baseline.epochs(profile, len(rest)) * len(rest)
+
+
+def _validate(model: ThirdPlace, row: dict, *, held: Flukes, every: int) -> dict:
+    """Return the score on held-out photographs, after every so many epochs."""
+    return {} if row["epoch"] % every else {"valid MAP@5": held_score(model, held)}
+
+
+def mean_score(rows: list[dict]) -> float:
+    """Return the mean of the last twenty validations: where it is highest, the last files are kept (section 5.3.3)."""
+    found = [row["valid MAP@5"] for row in rows if "valid MAP@5" in row][-20:]
+    return float(np.mean(found)) if found and "valid MAP@5" in rows[-1] else -np.inf
+
+
+def held_score(model: ThirdPlace, held: Flukes) -> float:
+    """Return MAP@5 on held-out photographs, each named by the nearest of the others, at the best of five thresholds."""
+    rows = embed(model, held)
+    truth = held.catalog.table["identity"].to_numpy(dtype=object)
+    cosine = rows @ rows.T
+    np.fill_diagonal(cosine, -1)
+    whales = sorted({*truth} - {NEW_WHALE})
+    nearest = np.stack([cosine[:, truth == name].max(1) for name in whales], 1)
+    return max(map_at_k(top5(nearest, whales, limit), truth) for limit in (0.40, 0.38, 0.36, 0.34, 0.32))
+
+
+def features(model: ThirdPlace, flukes: Flukes) -> np.ndarray:
+    """Return (2, N, 2, D): of photographs and of their mirror images, plain and aligned (section 5.4)."""
+    views = (model, Mirrored(model))
+    return np.stack([np.stack([embed(view, flukes.plain(a)) for a in (0, 1)], 1) for view in views])
+
+
+def similarity(trained: first.Trained) -> tuple[np.ndarray, np.ndarray]:
+    """Return how near each query is to each whale's template: (Q, C), and the whales (C,)."""
+    here = trained.parts
+    named = here.gallery.table["identity"]
+    gallery, queries = (features(trained.model, here.flukes(part)) for part in (here.gallery, here.queries))
+    found = [templates(view, named) for view in gallery]
+    return template_similarity(centre(queries), np.stack([each for each, _ in found])), found[0][1]
+
+
+def answer(networks: first.Trained | Sequence[first.Trained]) -> Answer:
+    """Name the queries' whales by the nearest templates, with one network or several whose cosines are averaged.
+
+    As shipped ``new_whale`` comes before the first whale below .385; as described where it is first of 27.6 % of the
+    queries, for which that number was chosen (section 5.5).
+    """
+    networks = [networks] if isinstance(networks, first.Trained) else list(networks)
+    found = [similarity(one) for one in networks]
+    cosine, whales = np.mean([each for each, _ in found], axis=0), found[0][1]
+    shipped = networks[0].parts.edition == "as_shipped"
+    limit = THRESHOLD if shipped else expected_threshold(cosine)
+    return Answer(top5(cosine, whales, limit), float(limit), float("nan"), cosine, whales)
