@@ -18,6 +18,7 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Run a test a core, 4 at most: a third worker on two cores takes longer to start than it saves."""
     return min(os.cpu_count() or 1, 4)

@@ -987,9 +987,8 @@ def test_motion_blur(edition):
         assert kernels.sum(axis=(1, 2)) == pytest.approx(1, abs=1e-5) and kernels.min() > -1e-6
         expected = motion_kernels(side, 5000)
         for place in np.ndindex(side, side):
-            # OpenCV knows places to 1/32 of a pixel
-            one, other = (np.round(values[:, *place], 2) for values in (kernels, expected))
-            assert stats.ks_2samp(one, other).pvalue > UNLIKELY, place
+            # not the same test as elsewhere: OpenCV knows places to 1/32 of a pixel
+            assert stats.wasserstein_distance(kernels[:, *place], expected[:, *place]) < 0.015, place
         y, x = (np.mgrid[:side, :side] - side // 2) @ np.eye(side)
         way = np.arctan2(*((kernels * axis).sum(axis=(1, 2)) for axis in (y, x)))
         assert uniform_within(way, -np.pi, np.pi)
@@ -1020,7 +1019,8 @@ def test_a_coarser_kernel_keeps_mean_and_variance(unit):
 
 @pytest.mark.parametrize("kind", [AverageBlur, MotionBlur])
 def test_blurred_then_made_smaller_is_made_smaller_then_blurred(kind):
-    large = texture((300, 1050))
+    noise = cv2.GaussianBlur(np.random.default_rng(0).standard_normal((300, 1050, 3)), (0, 0), 2)
+    large = np.clip(127 + 50 * noise / noise.std(), 0, 255).astype(np.uint8)
     small = cv2.resize(large, (525, 150), interpolation=cv2.INTER_AREA)
     found = {
         size[1]: seeded(next(leaf for leaf in leaves(third_place(size)) if isinstance(leaf, kind)), 3)
@@ -1031,7 +1031,8 @@ def test_blurred_then_made_smaller_is_made_smaller_then_blurred(kind):
     )
     result = found[525](image=small, force_apply=True)["image"]
     error, change = (np.abs(image.astype(int) - expected).mean() for image in (result, small))
-    assert error < 0.6 and change > 2 * error
+    print(f"{kind.__name__}: {change:.2f} levels changed, {error:.2f} of them in error")
+    assert change > 3 * error
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
@@ -1073,6 +1074,7 @@ def test_affine(edition):
         slant = np.degrees(np.arctan2(-found[:, 0, 1], found[:, 1, 1])) - turn
         assert uniform_within(turn, -10, 10) and uniform_within(slant, -10, 10)
         assert all(uniform_within(axis, 0.9, 1.1) for axis in scales.T)
+        assert max(np.abs(turn).max(), np.abs(slant).max()) < 10 + 1e-9  # scaled first: angles are as drawn
         related = stats.spearmanr(np.column_stack([turn, slant, scales, shifts])).pvalue
         assert related[np.triu_indices(6, 1)].min() > UNLIKELY / 15
     else:
@@ -1155,7 +1157,7 @@ def test_key_points_are_never_lost(edition):
 def test_gray_blend(edition):
     step = third(edition, "Random gray scale")
     image = texture()
-    image[:9, :9] = 0
+    image[:9], image[9:18] = 0, 1
     luminance = image @ [0.299, 0.587, 0.114]
     if edition == "as_shipped":
         luminance = np.where(luminance > 0, 255, 0)  # white, but for black
@@ -1170,10 +1172,10 @@ def test_gray_blend(edition):
 
 @pytest.mark.parametrize("edition", EDITIONS)
 def test_half_of_the_images_turned_white(edition):
-    """Half of the outputs had a mean above 200 in the code, and a sixth of the contrast (62.8, then 10.8)."""
+    """On a photograph the code left half of the outputs with a mean above 200 and a contrast of 10.8, not 62.8."""
     size = (100, 200)
     gray = cv2.GaussianBlur(np.random.default_rng(0).standard_normal(size), (0, 0), 6)
-    gray = np.clip(110 + 62.8 / gray.std() * gray, 0, 255).astype(np.uint8)
+    gray = np.clip(110 + 62.8 / gray.std() * gray, 20, 255).astype(np.uint8)  # what is black would stay
     image = cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
     pipeline = third_place(size, edition)
     found = [augmented(pipeline, (0, 0, i), image=image)["image"] for i in range(1500)]
@@ -1183,7 +1185,8 @@ def test_half_of_the_images_turned_white(edition):
         return
     assert 0.4 < white.mean() < 0.52
     contrast = np.median([one.std() for one, is_white in zip(found, white, strict=True) if is_white])
-    assert image.std() / 10 < contrast < image.std() / 4
+    print(f"{white.mean():.2f} white; contrast {image.std():.1f}, then {contrast:.1f}")
+    assert image.std() / 8 < contrast < image.std() / 4
 
 
 def test_third_parameters_fit_the_size():

@@ -8,6 +8,7 @@ import torchvision
 from pretrainedmodels.models import senet
 from torch import nn
 
+from whalelib.models import ThirdPlace, count_parameters, densenet121
 from whalelib.report import diagrams
 
 STAGES = pd.DataFrame(
@@ -33,6 +34,27 @@ RESNET = pd.DataFrame(
     },
     index=STAGES.index,
 )
+DENSENET = pd.DataFrame(
+    {
+        "layers": [0, 6, 0, 12, 0, 24, 0, 16, 0],
+        "maps": [64, 256, 128, 512, 256, 1024, 512, 1024, 1024],
+        "height": [80, 80, 40, 40, 20, 20, 10, 10, 10],
+        "width": [160, 160, 80, 80, 40, 40, 20, 20, 20],
+        "parameters": [9_536, 335_040, 33_280, 919_680, 132_096, 2_837_760, 526_336, 2_158_080, 2_048],
+        "kept": [17.6, 83.57, 16.39, 66.4, 8.2, 57.9, 4.1, 11.38, 0.42],
+    },
+    index=[
+        "stem",
+        "denseblock1",
+        "transition1",
+        "denseblock2",
+        "transition2",
+        "denseblock3",
+        "transition3",
+        "denseblock4",
+        "norm5",
+    ],
+)
 RESNETS = {"ResNet-101": RESNET, "SE-ResNet-101": RESNET.assign(parameters=[9_536, 1, 2, 3, 4])}
 ALL = {
     "3.7": diagrams.first_place(2048, 8, 16, 512, 10008, (4, 256, 512), "SENet-154"),
@@ -43,6 +65,9 @@ ALL = {
     "4.6 as shipped": diagrams.second_place(2048, 8, 16, 10008, (3, 256, 512), "SE-ResNet-101", margin=0),
     "4.7": diagrams.resnets(RESNETS, (3, 256, 512)),
     "4.8": diagrams.bottlenecks(),
+    "5.3": diagrams.third_place(1024, 10, 10, 512, 10008, (3, 320, 320), "DenseNet-121"),
+    "5.4": diagrams.dense_layers(),
+    "5.5": diagrams.densenet(DENSENET, (3, 320, 640)),
 }
 each = pytest.mark.parametrize("drawing", ALL.values(), ids=ALL.keys())
 
@@ -133,6 +158,61 @@ def test_figure_4_8_shows_the_networks_as_they_are():
             assert hasattr(block, "se_module") == (f"{name}-se" in text)
             assert block.downsample[0].stride == (2, 2)
             assert block.downsample[0].kernel_size == (1, 1)
+
+
+def test_figure_5_3_says_the_sizes_and_both_ways_out():
+    text, tensors = text_of(ALL["5.3"]), ALL["5.3"].table["tensor"].tolist()
+    assert text["fc"] == "FC\n102400 → 512" and text["cosine"] == "cosine with\neach of 10008"
+    assert text["margin"] == "margin\ncos(θ + 0.5)" and text["softmax"].startswith(f"× {ThirdPlace.SCALE:g},")
+    assert [tensor for tensor in tensors if tensor] == [
+        "1024 × 10 × 10",
+        "512",
+        "512",
+        "training",
+        "inference",
+    ]
+    with torch.device("meta"):
+        neck = ThirdPlace(5004, densenet121()).neck
+    kinds = [nn.BatchNorm2d, nn.Dropout2d, nn.Flatten, nn.Linear, nn.BatchNorm1d]
+    assert [type(part) for part in neck] == kinds  # in the order of the boxes
+    names = ALL["5.3"].boxes["name"].tolist()
+    assert names[names.index("backbone") + 1 :][:4] == ["norm", "dropout", "fc", "norm2"]
+    assert neck[3].in_features == 102400 and neck[3].out_features == 512 and neck[1].p == 0.5
+
+
+def test_figure_5_4_shows_the_layers_as_they_are():
+    with torch.device("meta"):
+        features = densenet121().network.features
+    text, tensors = text_of(ALL["5.4"]), ALL["5.4"].arrows.set_index("source")["tensor"]
+    assert text["layer-name"].endswith("k = 32") and text["transition-name"].endswith("θ = 0.5")
+    layer, transition = features.denseblock2.denselayer3, features.transition2
+    assert [*dict(layer.named_children())] == ["norm1", "relu1", "conv1", "norm2", "relu2", "conv2"]
+    assert [*dict(transition.named_children())] == ["norm", "relu", "conv", "pool"]
+    names = ALL["5.4"].boxes["name"].tolist()
+    assert names[1:6] == ["layer-in", "layer-norm1", "layer-conv1", "layer-norm2", "layer-conv2"]
+    assert (layer.conv1.kernel_size, layer.conv2.kernel_size) == ((1, 1), (3, 3))
+    assert layer.conv1.out_channels == 4 * 32 and tensors["layer-conv1"].startswith("4k ×")
+    assert layer.conv2.out_channels == 32 and tensors["layer-conv2"].startswith("k ×")
+    assert tensors["layer-concatenation"].startswith("(C + k) ×")
+    assert transition.conv.out_channels == 0.5 * transition.conv.in_channels
+    assert isinstance(transition.pool, nn.AvgPool2d) and transition.pool.kernel_size == 2
+    assert text["transition-pool"] == "average pooling 2 × 2, s 2"
+
+
+def test_figure_5_5_says_the_shapes_and_the_sums():
+    drawing = ALL["5.5"]
+    assert [tensor for tensor in drawing.table["tensor"] if tensor] == [
+        f"{maps} × {height} × {2 * height}"
+        for maps, height in [(64, 80), (256, 80), (128, 40), (512, 40), (256, 20), (1024, 20), (512, 10)]
+    ] + ["1024 × 10 × 20"]
+    text = text_of(drawing)
+    assert text["denseblock3"] == "dense block\n24 composite operations"
+    assert text["transition3"] == "transition\n1024 → 512 maps" and text["norm5"].endswith("without ReLU")
+    assert text["parameters-block 3"] == "3.36 M" and text["parameters-all"] == "6.95 M"
+    with torch.device("meta"):
+        features = densenet121().network.features
+    learned = {name: count_parameters(part) for name, part in features.named_children()}
+    assert DENSENET["parameters"].iloc[1:].to_dict() == {name: learned[name] for name in DENSENET.index[1:]}
 
 
 def test_a_text_too_long_is_found():

@@ -345,6 +345,8 @@ def test_pair_split_of_few_whales():
     for least in (listed(a=2, b=3), listed(a=1, **{NEW_WHALE: 2})):
         with pytest.raises(ValueError, match="nothing can be held out of listed"):
             pair_split(least)
+    train, dev = pair_split(listed(a=3, b=3, c=4))
+    assert set(dev.table["image"]) - set(train.table["image"]) in ({"a2.png"}, {"b2.png"})
     with pytest.raises(ValueError, match="nothing can be held out"):
         pair_split(catalog, pairs=0)
     with pytest.raises(ValueError, match="new_share = -1"):

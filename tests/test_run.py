@@ -395,3 +395,20 @@ def test_a_large_figure_keeps_fewer_colours_and_pixels(places, monkeypatch):
     with Image.open(places / "figures" / "02_01_noise.png") as image:
         assert image.mode == "P"
         assert image.width < 300
+
+
+def test_rows_of_carry_the_runs_settings(animals):
+    run = Run("05_14", Settings(data=str(animals), edition="as_shipped", seed=3, device="cpu"))
+    (row,) = ledger.rows_of(run, {"MAP@5": 0.5}, command="python -m it", seconds=1.234, profile="paper")
+    assert row == {
+        "notebook": "05_14",
+        "command": "python -m it",
+        "data": "animals",
+        "profile": "paper",
+        "edition": "as_shipped",
+        "seed": 3,
+        "device": "cpu",
+        "seconds": 1.2,
+        "metric": "MAP@5",
+        "value": 0.5,
+    }

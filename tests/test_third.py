@@ -15,7 +15,7 @@ from whalelib import augment, landmarks
 from whalelib.data.batches import Portions, Shuffled
 from whalelib.losses import add_margin, cosines, without_mirrored
 from whalelib.models import FeatureMap, ThirdPlace, count_parameters, densenet121
-from whalelib.recipes import third
+from whalelib.recipes import ladder, third
 
 
 class Tiny(nn.Module):
@@ -186,3 +186,14 @@ def test_the_loss_is_the_originals():
             assert loss.item() == pytest.approx(float(oracle["third/flip_masked_loss"]), abs=1e-6)
             compared += 1
     assert compared
+
+
+def test_one_each_gives_every_photograph_once_mirrored_or_not():
+    plain = list(ladder.OneEach(20, False, 0))
+    assert sorted(plain) == list(range(20))
+    sampler = ladder.OneEach(20, True, 0)
+    items = list(sampler)
+    assert sorted(i % 20 for i in items) == list(range(20))
+    assert 3 < sum(i >= 20 for i in items) < 17
+    sampler.set_epoch(1)
+    assert list(sampler) != items

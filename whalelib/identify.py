@@ -621,10 +621,11 @@ def pair_split(
     It validates on whales with exactly two photographs, both of them: the first is trained on too, the second is not.
     The report has nothing on this split. On the contest's own photographs the draw is the solution's. Ours is what
     happens with fewer whales: at most half of those with two photographs are taken, so that the others stay in
-    training with both.
+    training with both; and where no whale has two, those with the next larger number take their place, of whom the
+    last photograph alone is not trained on.
 
     Args:
-        catalog: labelled; of two photographs the first is the one that its table lists first.
+        catalog: labelled; of two photographs the second is the one that its table lists last.
         pairs: whales to validate on.
         new_share: photographs of ``new_whale`` to validate on, as a share of the others; rounded down, and no more than
             there are.
@@ -635,17 +636,17 @@ def pair_split(
         both; unlabelled ones are in neither.
 
     Raises:
-        ValueError: nothing to hold out (pairs < 1, or fewer than two whales with exactly two photographs), or
-            new_share < 0.
+        ValueError: nothing to hold out (pairs < 1, or fewer than two whales with equally many photographs, two or
+            more), or new_share < 0.
     """
     table = catalog.table
     counts = table.loc[table["identity"] != NEW_WHALE, "identity"].value_counts()
-    twos = sorted(counts.index[counts == 2])
+    twos = sorted(counts.index[counts == counts[counts > 1].min()])
     pairs = min(pairs, len(twos) // 2)
     if pairs < 1:
         raise ValueError(
-            f"nothing can be held out of {catalog.name}: {len(twos)} of its whales have exactly two photographs, "
-            "and at most half of these are taken; two or more, and pairs from 1 up, are needed"
+            f"nothing can be held out of {catalog.name}: {len(twos)} of its whales have the fewest photographs above "
+            "one, and at most half of these are taken; two or more, and pairs from 1 up, are needed"
         )
     if not new_share >= 0:
         raise ValueError(f"new_share = {new_share}: give a share from 0 up")
@@ -654,7 +655,7 @@ def pair_split(
     strangers = sorted(table.loc[table["identity"] == NEW_WHALE, "image"])
     draw.shuffle(strangers)
     chosen = table["identity"].isin(twos[-pairs:])
-    second = chosen & table["identity"].duplicated()
+    second = chosen & ~table["identity"].duplicated(keep="last")
     trained = table["identity"].notna() & (table["identity"] != NEW_WHALE) & ~second
     validated = chosen | table["image"].isin(strangers[: int(2 * pairs * new_share)])
     return catalog.where(trained.to_numpy(dtype=bool)), catalog.where(validated.to_numpy(dtype=bool))

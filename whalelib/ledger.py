@@ -18,6 +18,8 @@ from whalelib.files import locked, replacing
 if TYPE_CHECKING:
     import pandas as pd
 
+    from whalelib.run import Run
+
 RESULT_COLUMNS = ("notebook", "metric", "value", "data", "profile", "edition", "seed", "device", "seconds")
 LEDGER_COLUMNS = (
     "notebook",
@@ -118,6 +120,25 @@ def commit_of(folder: Path | None = None, allow_dirty: bool = False) -> str:
             "Commit first, or pass ALLOW_DIRTY=1 to mark the rows '+dirty'."
         )
     return commit + ("+dirty" if changed else "")
+
+
+def rows_of(
+    run: "Run", values: Mapping[str, float], *, command: str, seconds: float, **others: object
+) -> list[dict[str, object]]:
+    """Return the ledger's rows of what a command measured with a run's settings.
+
+    Args:
+        run: whose notebook, settings and device they carry.
+        values: by metric.
+        command: that repeats the measurement, without data, edition and seed, which have columns of their own.
+        seconds: that it took.
+        **others: columns in place of the run's.
+    """
+    settings = run.settings
+    about = {"notebook": run.notebook, "command": command, "data": settings.public_data}
+    about |= {"profile": settings.profile, "edition": settings.edition, "seed": settings.seed}
+    about |= {"device": run.device_name, "seconds": round(seconds, 1), **others}
+    return [{**about, "metric": metric, "value": value} for metric, value in values.items()]
 
 
 def append_ledger(

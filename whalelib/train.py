@@ -324,7 +324,7 @@ class Checkpoints:
         """Keep the weights of an epoch, from 1, if it is one in ``every``, and the last ``count`` of such alone."""
         if self.writes and epoch % every == 0:
             home = self.folder / "snapshots"
-            home.mkdir(exist_ok=True)
+            home.mkdir(parents=True, exist_ok=True)
             save_weights(model, home / f"{epoch:05d}.safetensors")
             for old in sorted(home.glob("*.safetensors"))[:-count]:
                 old.unlink()

@@ -83,14 +83,24 @@ def answer(model, gallery: Photographs, held: Photographs, queries: Photographs)
     afterwards; queries: Q of them.
     """
     views = model if isinstance(model, Sequence) else (model,)
-    rows = [[embed(view, photographs) for photographs in (gallery, held, queries)] for view in views]
-    known = [photographs.catalog.table["identity"].to_numpy(dtype=object) for photographs in (gallery, held)]
-    similarity, identities = _mean(identity_similarity(view[1], view[0], known[0]) for view in rows)
-    threshold = choose_threshold(similarity, identities, known[1])
-    held_score = threshold_curve(similarity, identities, known[1])[1].max()
-    named = np.concatenate(known)
+    parts = (gallery, held, queries)
+    known = [part.catalog.table["identity"].to_numpy(dtype=object) for part in parts[:2]]
+    return answer_of([[embed(view, part) for part in parts] for view in views], *known)
+
+
+def answer_of(
+    views: Sequence[Sequence[np.ndarray]], gallery_names: np.ndarray, held_names: np.ndarray
+) -> Answer:
+    """Name the queries' whales as `answer` does, by embeddings.
+
+    views: of each the embeddings of gallery, held and queries, unit rows; similarities are averaged over the views.
+    """
+    similarity, identities = _mean(identity_similarity(view[1], view[0], gallery_names) for view in views)
+    threshold = choose_threshold(similarity, identities, held_names)
+    held_score = threshold_curve(similarity, identities, held_names)[1].max()
+    named = np.concatenate([gallery_names, held_names])
     similarity, identities = _mean(
-        identity_similarity(view[2], np.concatenate(view[:2]), named) for view in rows
+        identity_similarity(view[2], np.concatenate(view[:2]), named) for view in views
     )
     return Answer(
         top5(similarity, identities, threshold), threshold, float(held_score), similarity, identities

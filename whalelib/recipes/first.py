@@ -48,18 +48,9 @@ GATE = 0.5  # on training batches, a constant for new_whale
 
 # Sources that a trained network does not depend on, but through its photographs, boxes and masks, which are in the key.
 APART = (
-    *(
-        "contest.py",
-        "identify.py",
-        "keypoints.py",
-        "locate.py",
-        "metrics.py",
-        "realism.py",
-        "recipes/full_step.py",
-        "recipes/head.py",
-        "recipes/ladder.py",
-        "recipes/second.py",
-    ),
+    *("bench.py", "contest.py", "identify.py", "keypoints.py", "landmarks.py", "locate.py", "metrics.py"),
+    *("postprocess.py", "realism.py"),
+    *(f"recipes/{name}.py" for name in ("full_step", "head", "ladder", "second", "third")),
     *("data/batches.py", "data/catalog.py", "data/layouts.py", "data/statistics.py", "data/world/"),
 )
 

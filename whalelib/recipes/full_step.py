@@ -16,10 +16,10 @@ from functools import partial
 
 import torch
 
-from whalelib.ledger import append_ledger
+from whalelib.ledger import append_ledger, rows_of
 from whalelib.models import SECOND_PLACE_BACKBONES, count_parameters
 from whalelib.recipes import first, second
-from whalelib.run import EDITIONS
+from whalelib.run import EDITIONS, Run, Settings
 from whalelib.train import fit
 
 WHALES = 5004
@@ -128,35 +128,25 @@ def main(arguments: list[str] | None = None) -> int:
         device = f"cuda ({torch.cuda.get_device_name()})" if cuda else "cpu"
         where = "" if cuda else f", {torch.get_num_threads()} threads"
         chose = " ".join(sys.argv[1:] if arguments is None else arguments)
-        about = {"notebook": chosen.ledger, "command": f"python -m whalelib.recipes.full_step {chose}"}
-        network = (
-            ""
-            if chosen.recipe == "first"
-            else f", {chosen.backbone or 'resnet101'} at {chosen.size[0]} x {chosen.size[1]}"
-        )
-        about |= {
-            "data": "random pixels",
-            "profile": "paper",
-            "edition": chosen.edition,
-            "seed": 0,
-            "device": device,
-        }
+        network = ""
+        if chosen.recipe == "second":
+            network = f", {chosen.backbone or 'resnet101'} at {chosen.size[0]} x {chosen.size[1]}"
         names = {
             "seconds": "seconds a step",
             "processor": "processor seconds a step",
             "memory": "GiB at the peak",
         }
-        rows = [
-            {
-                **about,
-                "metric": f"full size{network}, {4 * chosen.groups} images{where}: {text}",
-                "value": round(found[name], 2),
-            }
-            for name, text in names.items()
-        ]
-        append_ledger(
-            [row | {"seconds": round(found["seconds"], 1)} for row in rows], allow_dirty=chosen.allow_dirty
+        full = f"full size{network}, {4 * chosen.groups} images{where}"
+        values = {f"{full}: {text}": round(found[name], 2) for name, text in names.items()}
+        rows = rows_of(
+            Run(chosen.ledger, Settings(profile="paper", edition=chosen.edition)),
+            values,
+            command=f"python -m whalelib.recipes.full_step {chose}",
+            seconds=found["seconds"],
+            data="random pixels",
+            device=device,
         )
+        append_ledger(rows, allow_dirty=chosen.allow_dirty)
     return 0
 
 

@@ -24,7 +24,7 @@ from whalelib.data import NEW_WHALE
 from whalelib.data.photographs import Photographs
 from whalelib.data.quadruplets import Quadruplets
 from whalelib.identify import choose_threshold, top5
-from whalelib.ledger import append_ledger
+from whalelib.ledger import append_ledger, rows_of
 from whalelib.losses import top_errors
 from whalelib.models import FirstPlace
 from whalelib.recipes import first
@@ -157,14 +157,13 @@ def main(arguments: list[str] | None = None) -> int:
         trained, lambda guesses: contest.score_guesses(images, guesses).all, chosen.steps, chosen.seed
     )
     print(table.round(3).to_string())
-    about = {"notebook": "03_16", "command": f"python -m whalelib.recipes.head --steps {chosen.steps}"}
-    about |= {"profile": "lab", "data": run.settings.public_data, "edition": run.settings.edition}
-    about |= {"seed": chosen.seed, "device": run.device_name, "seconds": round(time.monotonic() - started, 1)}
-    rows = [
-        {**about, "metric": f"the head alone, {chosen.steps} steps, {way}: {name}", "value": round(value, 4)}
-        for way, values in table.iterrows()
-        for name, value in values.items()
-    ]
+    values = {
+        f"the head alone, {chosen.steps} steps, {way}: {name}": round(value, 4)
+        for way, row in table.iterrows()
+        for name, value in row.items()
+    }
+    command = f"python -m whalelib.recipes.head --steps {chosen.steps}"
+    rows = rows_of(run, values, command=command, seconds=time.monotonic() - started, seed=chosen.seed)
     append_ledger(rows)
     return 0
 

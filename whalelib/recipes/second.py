@@ -27,7 +27,7 @@ from whalelib.contest import Contest
 from whalelib.data.batches import Doubled, Portions, PxK
 from whalelib.files import locked, replacing
 from whalelib.identify import choose_threshold, hold_out, pseudo_labels, top5, top_probabilities
-from whalelib.ledger import append_ledger, ledger_path
+from whalelib.ledger import append_ledger, ledger_path, rows_of
 from whalelib.losses import arcface, euclidean, focal, triplet
 from whalelib.metrics import map_at_k
 from whalelib.models import (
@@ -372,26 +372,19 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     run = Run("04_16", Settings(data=chosen.data, edition=chosen.edition, seed=chosen.seed))
     contest = Contest.open(run.catalog)
-    about = {"data": run.settings.public_data, "edition": chosen.edition, "seed": chosen.seed}
+    whose = {"data": run.settings.public_data, "edition": chosen.edition, "seed": chosen.seed}
     for name in chosen.models:
         started = time.monotonic()
         network = trained(run, choices_of("lab", name))
         images = network.parts.queries.table["image"]
-        scores = {
-            f"MAP@5, model {name}, by {by}": contest.score_guesses(images, answer(network, by).guesses).all
-            for by in BY
-        }
-        whose = {
-            "notebook": "04_16",
-            "command": "python -m whalelib.recipes.second",
-            "profile": "lab",
-            **about,
-        }
-        whose |= {"device": run.device_name, "seconds": round(time.monotonic() - started, 1)}
-        rows = [{**whose, "metric": metric, "value": round(score, 4)} for metric, score in scores.items()]
-        append_ledger(rows, allow_dirty=chosen.allow_dirty)
-        _keep(files(network).assign(**about, model=name))
-        print(name, {metric: round(score, 4) for metric, score in scores.items()}, flush=True)
+        scores = {}
+        for by in BY:
+            score = contest.score_guesses(images, answer(network, by).guesses).all
+            scores[f"MAP@5, model {name}, by {by}"] = round(score, 4)
+        command, seconds = "python -m whalelib.recipes.second", time.monotonic() - started
+        append_ledger(rows_of(run, scores, command=command, seconds=seconds), allow_dirty=chosen.allow_dirty)
+        _keep(files(network).assign(**whose, model=name))
+        print(name, scores, flush=True)
     return 0
 
 

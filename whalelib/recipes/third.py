@@ -9,9 +9,12 @@ Editions. Where the report says nothing, both do what the solution's code does. 
 other, `as_described` follows the report, its slips mended, and `as_shipped` the code.
 """
 
+import argparse
 import hashlib
 import json
 import os
+import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -26,6 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from whalelib import augment, landmarks
+from whalelib.contest import Contest
 from whalelib.data import NEW_WHALE, Catalog, statistics
 from whalelib.data.batches import Portions, Shuffled
 from whalelib.data.photographs import as_tensor
@@ -40,13 +44,14 @@ from whalelib.identify import (
     top5,
 )
 from whalelib.keypoints import PointedPhotographs
+from whalelib.ledger import append_ledger, rows_of
 from whalelib.losses import add_margin, cross_entropy, without_mirrored
 from whalelib.metrics import map_at_k
 from whalelib.models import DENSENET121_URL, SENET154_MEAN, SENET154_STD, ThirdPlace, densenet121
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import Mirrored
-from whalelib.run import Run
+from whalelib.run import EDITIONS, Run, Settings
 from whalelib.train import average_weights, fit
 
 SIZES = {"lab": (128, 128), "paper": (320, 320)}  # (H, W)
@@ -59,17 +64,17 @@ MARGIN = 0.5  # radians
 EPOCHS = {"lab": 20, "paper": 500}
 RATE = {"lab": 1e-3, "paper": 5e-4}
 NEW_RATE = {"lab": 10, "paper": 1}  # times that, for what starts from nothing
-SNAPSHOTS = {"lab": (1, 5), "paper": (2, 10)}  # every so many epochs; how many of them are averaged
+SNAPSHOTS = {"lab": (1, 3), "paper": (2, 10)}  # every so many epochs; how many of them are averaged
 THRESHOLD = 0.385  # of new_whale, as shipped
 
 # Table 5.2: milestones as shares of the training, where the rate is halved; times the highest rate; class grouping.
 MODELS = {"1": ((0.5, 0.7), 1, False), "2": ((0.3, 0.4), 1, False), "3": ((0.3, 0.4), 0.5, True)}
 
 # Sources that a trained network does not depend on, but through its photographs and landmarks, which are in the key.
-APART = (
-    *("bench.py", "contest.py", "metrics.py", "postprocess.py", "realism.py"),
-    *(f"recipes/{name}.py" for name in ("full_step", "head", "ladder", "second")),
-    *("data/catalog.py", "data/layouts.py", "data/quadruplets.py", "data/statistics.py", "data/world/"),
+APART = tuple(
+    sorted(
+        {*first.APART, "data/quadruplets.py"} - {"data/batches.py", "keypoints.py", "recipes/third.py"},
+    )
 )
 
 
@@ -129,10 +134,15 @@ class Flukes(Dataset):
         """Choose the epoch, from 0 up, whose draws the items show."""
         self.epoch = epoch
 
-    def plain(self, aligned: float = 0) -> "Flukes":
-        """Return the photographs without augmentation, each once; what was decoded is shared."""
+    def plain(self, aligned: float | None = None) -> "Flukes":
+        """Return the photographs without augmentation, each once; what was decoded is shared.
+
+        aligned: 0 or 1; default as they are, those of training not.
+        """
         other = copy(self)
-        other.transform, other.labels, other.aligned = None, self.photographs.labels, aligned
+        other.transform, other.labels = None, self.photographs.labels
+        if aligned is not None or self.transform is not None:
+            other.aligned = aligned or 0
         return other
 
     @property
@@ -287,19 +297,30 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     """Train a network, or fetch it from the cache, or go on where a killed run stopped.
 
     It sees as many images as the baseline of notebook 01_02 does of the same data. Under `lab` in twenty epochs of
-    equal length, of which the last five make the mean; under `paper` in five hundred, and the mean is of ten files, all
+    equal length, of which the last three make the mean; under `paper` in five hundred, and the mean is of ten files,
     two epochs apart, up to where the mean of the last twenty validations is best.
     """
     choices, settings = choices or Choices(), run.settings
-    profile = settings.profile
     here = parts(run, choices.size)
-    given = profile == "paper" and bool(os.environ.get("WHALE_DENSENET121"))
-    data = [part.fingerprint for part in (here.rest, here.held)]
-    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
-    folder = run.folder("third", apart=APART, **key)
-    model = network(profile, len(here.known), settings.seed, here.size).to(run.device)
+    folder = _folder(run, choices, here)
+    model = network(settings.profile, len(here.known), settings.seed, here.size).to(run.device)
     history = first.trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder))
     return first.Trained(model, here, history)
+
+
+def snapshots(run: Run, choices: Choices | None = None) -> list[Path]:
+    """Return the files of weights that a trained network is the mean of, in the order of training."""
+    choices = choices or Choices()
+    folder = _folder(run, choices, parts(run, choices.size))
+    kept = "best-snapshots" if run.settings.profile == "paper" else "snapshots"
+    return sorted((folder / kept).glob("*.safetensors"))
+
+
+def _folder(run: Run, choices: Choices, here: Parts) -> Path:
+    given = run.settings.profile == "paper" and bool(os.environ.get("WHALE_DENSENET121"))
+    data = [part.fingerprint for part in (here.rest, here.held)]
+    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
+    return run.folder("third", apart=APART, **key)
 
 
 def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: Path) -> pd.DataFrame:
@@ -330,7 +351,7 @@ def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: P
         settings={"choices": asdict(choices), "portion": portion},
     )
     if choices.average:
-        files = sorted((folder / ("best-snapshots" if paper else "snapshots")).glob("*.safetensors"))
+        files = snapshots(run, choices)
         plain = data.plain()
         images = DataLoader(plain, batch_size=BATCH, drop_last=len(plain) >= BATCH)
         average_weights(model, files, (batch["image"] for batch in images))
@@ -392,3 +413,35 @@ def answer(networks: first.Trained | Sequence[first.Trained]) -> Answer:
     shipped = networks[0].parts.edition == "as_shipped"
     limit = THRESHOLD if shipped else expected_threshold(cosine)
     return Answer(top5(cosine, whales, limit), float(limit), float("nan"), cosine, whales)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train some of Table 5.2's networks; enter their scores, and that of all together, in the ledger."""
+    parser = argparse.ArgumentParser(prog="python -m whalelib.recipes.third", description=main.__doc__)
+    parser.add_argument("data", help="world, or a folder with test labels")
+    parser.add_argument("--models", default="1", help="of Table 5.2, such as 123 (default 1)")
+    parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="enter values of code that is not committed"
+    )
+    chosen = parser.parse_args(arguments)
+    run = Run("05_14", Settings(data=chosen.data, edition=chosen.edition, seed=chosen.seed))
+    contest = Contest.open(run.catalog)
+    started, networks, scores = time.monotonic(), [], {}
+    for name in chosen.models:
+        networks.append(trained(run, Choices(model=name)))
+        images = networks[-1].parts.queries.table["image"]
+        scores[f"MAP@5, model {name}"] = contest.score_guesses(images, answer(networks[-1]).guesses).all
+    if len(networks) > 1:
+        together = answer(networks).guesses
+        scores[f"MAP@5, models {chosen.models}"] = contest.score_guesses(images, together).all
+    scores = {metric: round(score, 4) for metric, score in scores.items()}
+    print(scores, flush=True)
+    command, seconds = "python -m whalelib.recipes.third", time.monotonic() - started
+    append_ledger(rows_of(run, scores, command=command, seconds=seconds), allow_dirty=chosen.allow_dirty)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The report's drawings of networks, drawn again from their numbers: Figures 3.7 to 3.10, 4.6 to 4.8.
+"""The report's drawings of networks, drawn again from their numbers: Figures 3.7 to 3.10, 4.6 to 4.8, 5.3 to 5.5.
 
 A diagram is two tables, of boxes and of arrows; shapes on arrows are those of the tensors that flow along them.
 Lengths are inches, y counts downwards.
@@ -489,3 +489,159 @@ def bottlenecks() -> Diagram:
             (norm, f"{name}-plus", "", "v"),
         ]
     return diagram(boxes, arrows)
+
+
+def third_place(
+    features: int,
+    height: int,
+    width: int,
+    dimension: int,
+    classes: int,
+    image: tuple[int, int, int],
+    backbone: str,
+    *,
+    dropout: float = 0.5,
+    margin: float = 0.5,
+    scale: float = 65,
+) -> Diagram:
+    """Figure 5.3: from a photograph to its feature vector, and what is made of that in training and at inference.
+
+    Args:
+        features, height, width: of the backbone's last map.
+        dimension: of the feature vector.
+        classes: whales and mirrored whales, 2C.
+        image: (C, H, W).
+        backbone: its name.
+        dropout: share of the maps.
+        margin: in radians.
+        scale: of the cosines.
+    """
+    up, middle, down = 0.0, 1.0, 1.9
+    boxes = [
+        ("image", "photograph\n{} × {} × {}".format(*image), "data", 0.75, up, 1.3, 0.5),
+        ("backbone", backbone, "block", 2.5, up, 1.3, 0.5),
+        ("norm", "batch norm\nof each map", "normalisation", 4.85, up, 1.15, 0.5),
+        ("dropout", f"dropout of\nmaps, {dropout:g}", "normalisation", 6.4, up, 1.15, 0.5),
+        ("fc", f"FC\n{features * height * width} → {dimension}", "convolution", 8.1, up, 1.35, 0.5),
+        ("norm2", "batch norm", "normalisation", 9.95, up, 1.15, 0.5),
+        ("l2", "L2", "normalisation", 0.75, middle, 1.3, 0.36),
+        ("vector", f"feature vector\n{dimension}, length 1", "data", 2.5, middle, 1.3, 0.5),
+        ("cosine", f"cosine with\neach of {classes}", "convolution", 4.85, middle, 1.25, 0.5),
+        ("margin", f"margin\ncos(θ + {margin:g})", "activation", 6.4, middle, 1.15, 0.5),
+        ("softmax", f"× {scale:g}, softmax\nwithout mirror image", "activation", 8.1, middle, 1.55, 0.5),
+        ("loss", "cross-entropy", "loss", 9.95, middle, 1.15, 0.5),
+        ("templates", "cosine with\neach template", "convolution", 4.85, down, 1.25, 0.5),
+        ("answer", "five guesses", "data", 6.4, down, 1.15, 0.5),
+    ]
+    arrows = [
+        ("image", "backbone"),
+        ("backbone", "norm", f"{features} × {height} × {width}"),
+        ("norm", "dropout"),
+        ("dropout", "fc"),
+        ("fc", "norm2", f"{dimension}"),
+        ("norm2", "l2", f"{dimension}", "z"),
+        ("l2", "vector"),
+        ("vector", "cosine", "training"),
+        ("cosine", "margin"),
+        ("margin", "softmax"),
+        ("softmax", "loss"),
+        ("vector", "templates", "inference", "v"),
+        ("templates", "answer"),
+    ]
+    return diagram(boxes, arrows)
+
+
+def dense_layers(growth: int = 32, bottleneck: int = 4, compression: float = 0.5) -> Diagram:
+    """Figure 5.4: (a) a composite operation and the concatenation after it, (b) a transition; C input maps.
+
+    Args:
+        growth: k, the maps that each composite operation adds.
+        bottleneck: how many times as many the first convolution gives.
+        compression: θ, the share of the maps that a transition keeps.
+    """
+    layer = [
+        ("in", "input", "data", "C × H × W"),
+        ("norm1", "batch norm, ReLU", "normalisation", ""),
+        ("conv1", "convolution 1 × 1", "convolution", f"{bottleneck}k × H × W"),
+        ("norm2", "batch norm, ReLU", "normalisation", ""),
+        ("conv2", "convolution 3 × 3", "convolution", "k × H × W"),
+        ("concatenation", "concatenation", "block", "(C + k) × H × W"),
+        ("out", "output", "data", ""),
+    ]
+    transition = [
+        ("in", "input", "data", "C × H × W"),
+        ("norm", "batch norm, ReLU", "normalisation", ""),
+        ("conv", "convolution 1 × 1", "convolution", "θC × H × W"),
+        ("pool", "average pooling 2 × 2, s 2", "pooling", "θC × H/2 × W/2"),
+        ("out", "output", "data", ""),
+    ]
+    titles = {
+        "layer": ("(a) composite operation, k = {}", growth, 1.2, layer),
+        "transition": ("(b) transition, θ = {}", compression, 5.4, transition),
+    }
+    boxes, arrows = [], []
+    for name, (title, value, x, chain) in titles.items():
+        column_boxes, column_arrows = _residual(chain, x, 2.0, f"{name}-")
+        boxes += [(f"{name}-name", title.format(value), "label", x, -0.4, 2.4, 0.32), *column_boxes]
+        arrows += column_arrows
+    arrows.append(("layer-in", "layer-concatenation", "C × H × W, as it came", 2.6))
+    return diagram(boxes, arrows)
+
+
+def densenet(stages: pd.DataFrame, image: tuple[int, int, int]) -> Diagram:
+    """Figure 5.5: one row a dense block, with the transition after it, or the normalisation after the last.
+
+    Args:
+        stages: index layer, columns layers (composite operations; 0 where there is none), maps, height, width,
+            parameters; the first row is the stem, then each block and what follows it.
+        image: (C, H, W).
+    """
+    gap, first, second = 0.95, 2.3, 5.4
+    size = "{0.maps} × {0.height} × {0.width}".format
+    boxes = [
+        ("image", "image\n{} × {} × {}".format(*image), "data", first, 0, 1.9, 0.5),
+        (
+            "conv",
+            f"convolution\n7 × 7, s 2, {stages['maps'].iloc[0]} maps",
+            "convolution",
+            first,
+            gap,
+            1.9,
+            0.5,
+        ),
+        ("pool", "max pooling\n3 × 3, s 2", "pooling", second, gap, 1.9, 0.5),
+        ("head", "parameters", "label", 7.3, 0, 1.6, 0.5),
+    ]
+    arrows, last = [("image", "conv"), ("conv", "pool")], "pool"
+    rows = list(stages.itertuples())
+    learned = [rows[0].parameters]
+    for row, (before, block, after) in enumerate(
+        zip(rows[:-1:2], rows[1::2], rows[2::2], strict=True), start=2
+    ):
+        end = after is rows[-1]
+        text = "batch norm\nwithout ReLU" if end else f"transition\n{block.maps} → {after.maps} maps"
+        boxes += [
+            (
+                block.Index,
+                f"dense block\n{block.layers} composite operations",
+                "block",
+                first,
+                gap * row,
+                1.9,
+                0.5,
+            ),
+            (after.Index, text, "normalisation" if end else "pooling", second, gap * row, 1.9, 0.5),
+        ]
+        arrows += [(last, block.Index, size(before), "z"), (block.Index, after.Index, size(block))]
+        learned.append(block.parameters + after.parameters)
+        last = after.Index
+    names = ["stem", *(f"block {i}" for i in range(1, len(learned))), "all"]
+    for row, (name, count) in enumerate(zip(names, [*learned, sum(learned)], strict=True), start=1):
+        boxes += [
+            (f"name-{name}", name, "label", 0.6, gap * row, 0.9, 0.5),
+            (f"parameters-{name}", f"{count / 1e6:.2f} M", "label", 7.3, gap * row, 1.6, 0.5),
+        ]
+    boxes.append(
+        ("out", f"feature maps\n{size(rows[-1])}", "data", second, gap * (len(learned) + 1), 1.9, 0.5)
+    )
+    return diagram(boxes, [*arrows, (last, "out")])
