@@ -54,7 +54,7 @@ RUNGS = {
         "and mirrored flukes as whales",
         "and half of the crops aligned",
         "and the embedding network with ArcFace",
-        "the recipe: Adam, halved rates, averaged weights, templates",
+        "the recipe: Adam, halved rates, templates",
     ),
 }
 NOTEBOOKS = {"first": "03_16", "second": "04_17", "third": "05_15"}
