@@ -46,6 +46,27 @@ def animals(tmp_path):
 
 
 @pytest.fixture
+def bright_flukes(places):
+    """Return a function that makes a folder of dark photographs (H, W) = (200, 400), each with one bright box.
+
+    It takes the boxes, x0, y0, x1, y1, by the photographs' names, whose first letter is the animal.
+    """
+
+    def make(boxes):
+        images = places / "flukes" / "images"
+        images.mkdir(parents=True)
+        for name, (x0, y0, x1, y1) in boxes.items():
+            image = np.full((200, 400), 20, np.uint8)
+            image[y0:y1, x0:x1] = 220
+            Image.fromarray(image).save(images / name)
+        table = pd.DataFrame({"Image": list(boxes), "Id": [name[0] for name in boxes]})
+        table.to_csv(images.parent / "labels.csv", index=False)
+        return images.parent
+
+    return make
+
+
+@pytest.fixture
 def six_animals(places, monkeypatch):
     """A run on six animals of three photographs each and four strangers, with boxes and masks beside them."""
     folder = places / "animals"

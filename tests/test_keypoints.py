@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import nn
 
 from whalelib import keypoints, locate
@@ -322,16 +321,8 @@ FLUKES = {"a0.png": (100, 40, 300, 160), "a1.png": (40, 80, 360, 140), "b0.png":
 
 
 @pytest.fixture
-def folder(places):
-    images = places / "flukes" / "images"
-    images.mkdir(parents=True)
-    for name, (x0, y0, x1, y1) in FLUKES.items():
-        image = np.full((200, 400), 20, np.uint8)
-        image[y0:y1, x0:x1] = 220
-        Image.fromarray(image).save(images / name)
-    table = pd.DataFrame({"Image": list(FLUKES), "Id": [name[0] for name in FLUKES]})
-    table.to_csv(images.parent / "labels.csv", index=False)
-    return images.parent
+def folder(bright_flukes):
+    return bright_flukes(FLUKES)
 
 
 @pytest.fixture
