@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install course figures ledger refresh lab test clean
+.PHONY: help install course figures ledger refresh lab test clean bench paper-list paper data weights submit
 .NOTPARALLEL:
 
 # Parameters of the notebooks. They are orthogonal; an unknown one, or an unknown value, is an error.
@@ -19,8 +19,19 @@ VENV = .venv
 BUILD = build
 # `make ledger` with uncommitted changes: the rows' commit is marked +dirty.
 ALLOW_DIRTY =
+# Full-size runs: which (`make paper-list`; several, parted by spaces), which fold of a detector, how many steps of a
+# trial, and on what (local or ray).
+MODEL =
+FOLD =
+STEPS =
+ENGINE = local
+# A submission, what to say of it, and SEND=1 to send it.
+FILE =
+MESSAGE =
+SEND =
 
-KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE
+KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD STEPS ENGINE FILE MESSAGE SEND \
+	WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
 ifneq ($(UNKNOWN),)
@@ -31,7 +42,7 @@ $(error ALLOW_DIRTY = $(ALLOW_DIRTY): leave it empty or give 1)
 endif
 
 # Exported, so that recipes can quote them whatever characters they hold.
-export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD
+export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD STEPS ENGINE FILE MESSAGE
 ifneq ($(WHALE_REFERENCE),)
 REFERENCE := $(shell cd '$(WHALE_REFERENCE)' 2>/dev/null && pwd)
 ifeq ($(REFERENCE),)
@@ -54,6 +65,12 @@ help:
 	@echo 'make test      lint, tests, and every notebook executed again'
 	@echo 'make ledger    measure apart from the course, and enter the values in data/results/ledger.csv'
 	@echo 'make refresh   execute the notebooks in place, keeping their new outputs'
+	@echo 'make bench     measure how fast the parts are; tables in data/bench/ (under ten minutes)'
+	@echo 'make data      fetch the contest with the client of Kaggle into data/kaggle/'
+	@echo 'make weights   fetch the ImageNet weights of the published networks into data/weights/'
+	@echo 'make paper-list   list the full-size runs: size, batch, epochs, hours'
+	@echo 'make paper     train full-size runs: MODEL="4.2/a 5.2/*" FOLD=0 STEPS=2 (a trial) ENGINE=ray'
+	@echo 'make submit    check FILE=submission.csv and show what would be sent; SEND=1 sends it'
 	@echo 'make clean     remove build/ and the caches (the environment and the data stay)'
 	@echo
 	@echo 'Parameters of course, figures and ledger, with their defaults:'
@@ -95,6 +112,25 @@ install: $(PYTHON)
 	echo '$(STATE)' > "$(STAMP)"
 
 # ---- what there is to make
+bench: install
+	@OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" $(PYTHON) -m whalelib.bench tables
+
+data: install
+	@$(PYTHON) -m whalelib.data.kaggle fetch
+
+submit: install
+	@$(PYTHON) -m whalelib.data.kaggle submit "$$FILE" --message "$$MESSAGE" $(if $(filter 1,$(SEND)),--send)
+
+weights: install
+	@$(PYTHON) -m whalelib.weights
+
+paper-list: install
+	@$(PYTHON) -m whalelib.paper list
+
+paper: install
+	@$(PYTHON) -m whalelib.paper run --data "$$DATA" --edition "$$EDITION" --seed "$$SEED" --device "$$DEVICE" \
+	  $(if $(MODEL),--model $(MODEL)) $(if $(FOLD),--fold $(FOLD)) $(if $(STEPS),--steps $(STEPS))
+
 course: install
 	@$(PYTHON) -m whalelib.course run $(CHOICE) --jobs "$$JOBS"
 

@@ -210,9 +210,18 @@ def test_guesses_are_scored_as_a_submission(world):
 def test_labels_are_not_shown(world):
     board = Contest.open(world)
     public = {name: getattr(board, name) for name in dir(board) if not name.startswith("_")}
-    assert set(public) == {"check", "images", "known", "name", "open", "relabelled", "score", "score_guesses"}
+    assert set(public) == {
+        *("check", "images", "known", "name", "open", "relabelled", "reveal", "score", "score_guesses"),
+    }
     assert not hasattr(board, "__dict__")
     assert "w_" not in repr(board) and "w_" not in str(board.score(submission()))
+
+
+def test_labels_are_shown_when_asked_for(world):
+    board = Contest.open(world)
+    assert board.reveal().to_dict() == dict(zip(IMAGES, TRUTH, strict=True))
+    board.reveal()[:] = "w_1"
+    assert board.reveal()["0.jpg"] == metrics.NEW_WHALE
 
 
 def test_usage_is_drawn_where_there_is_none(folder):

@@ -31,6 +31,14 @@ def test_three_steps_then_the_cache(six_animals, monkeypatch):
     assert ((found > 0) & (found < 1)).all()
 
 
+def test_parts_can_be_left_out(six_animals):
+    plain = first.trained(six_animals, CHOICES)
+    for part in first.PARTS:
+        other = first.trained(six_animals, replace(CHOICES, without=(part,)))
+        assert not torch.equal(weights(other.model), weights(plain.model)), part
+        assert other.parts.crop == (None if part == "boxes" else "box")
+
+
 def test_a_killed_training_goes_on_to_the_same_weights(six_animals, places, monkeypatch):
     choices = replace(CHOICES, images=2.0)
     whole = weights(first.trained(six_animals, choices).model)

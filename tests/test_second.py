@@ -84,6 +84,23 @@ def test_the_loss_is_the_sum_of_its_parts(edition):
     assert torch.isclose(found["loss"], expected)
 
 
+def test_a_loss_can_be_left_out():
+    generator = torch.Generator().manual_seed(0)
+    output = {name: torch.rand(4, 6, generator=generator) for name in ("logits", "cosines", "features")}
+    batch = {"label": torch.tensor([0, 0, 1, 1])}
+    found = second.Loss("as_described", 100, 0.5, without=("focal", "boxes"))(output, batch)
+    assert torch.isclose(found["loss"], 0.1 * found["margin"] + found["triplet"])
+
+
+def test_parts_can_be_left_out(six_animals):
+    plain = second.trained(six_animals, CHOICES)
+    parts = ("boxes", "Table 4.1", "mirrored whales", "batches of groups")
+    for part in parts:
+        other = second.trained(six_animals, replace(CHOICES, without=(part,)))
+        assert not torch.equal(weights(other.model), weights(plain.model)), part
+        assert other.parts.crop == (None if part == "boxes" else "box")
+
+
 def test_a_vote_is_the_shipped_blend(six_animals):
     """What the recipe computes with arrays is what files of five whales each give."""
     one = second.trained(six_animals, CHOICES)

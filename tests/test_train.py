@@ -561,3 +561,14 @@ def test_the_average_of_weights_is_their_mean_and_its_statistics_are_its_own(tmp
     assert not model.training
     with pytest.raises(ValueError, match="no weights"):
         train.average_weights(model, [], [])
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_trial_makes_its_steps_and_keeps_nothing(straight, tmp_path, group):
+    with train.trial(2), pytest.raises(train.TrialEnded) as ended:
+        run(tmp_path, checkpoint_every=1, accumulate=group)
+    assert ended.value.steps == len(ended.value.losses) == 2
+    assert ended.value.seconds > 0
+    assert not [*tmp_path.rglob("*.*")]
+    run(tmp_path)  # a trial leaves nothing behind
+    assert_same(tmp_path, straight)

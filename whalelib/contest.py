@@ -213,7 +213,7 @@ class Contest:
             them is `new_whale`, as no model can name them.
     """
 
-    __slots__ = ("_grade", "images", "known", "name", "relabelled")
+    __slots__ = ("_grade", "_truth", "images", "known", "name", "relabelled")
 
     def __init__(self, name: str, solution: pd.DataFrame, known: Iterable[str], images: Sequence[str]):
         """Hold a contest on a checked `solution` (Image, Id, Usage); `Contest.open` makes one from data."""
@@ -222,6 +222,7 @@ class Contest:
         truth = relabel_unseen(solution["Id"], {*self.known, NEW_WHALE})
         self.relabelled = int((truth != solution["Id"].to_numpy(dtype=object)).sum())
         self._grade = _grader(list(images), truth, (solution["Usage"] == "public").to_numpy())
+        self._truth = pd.Series(truth, pd.Index(images, name="image"), name="identity")
 
     def __repr__(self) -> str:
         return f"Contest({self.name!r}, {len(self.images)} test photographs, {len(self.known)} known ids)"
@@ -271,6 +272,13 @@ class Contest:
     def score_guesses(self, images: Sequence[str], guesses: np.ndarray) -> Score:
         """Score guesses (Q, 5), best first, None being none, of Q photographs; as `score`."""
         return self.score(_submission(images, guesses))
+
+    def reveal(self) -> pd.Series:
+        """Return the right answers by image, once the contest is over: to see where points were lost.
+
+        Whoever chooses anything by them has no score any more.
+        """
+        return self._truth.copy()
 
 
 def _grader(images: list[str], truth: np.ndarray, public: np.ndarray) -> Callable[..., Score]:

@@ -329,6 +329,36 @@ def template_similarity(queries: np.ndarray, templates: np.ndarray) -> np.ndarra
     return found.div_(len(rows)).numpy()
 
 
+def nearest(
+    queries: np.ndarray, gallery: np.ndarray, count: int = GUESSES, *, chunk: int = 65_536
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest rows of a gallery, exactly, without ever holding all cosines.
+
+    Args:
+        queries: (Q, D) unit rows.
+        gallery: (G, D) unit rows, however many.
+        count: k, how many of them.
+        chunk: rows of the gallery at a time, which bounds the memory: Q x chunk floats.
+
+    Returns:
+        Cosines (Q, k) float32, falling, and places (Q, k) in the gallery, k being at most G.
+
+    Raises:
+        ValueError: an empty gallery.
+    """
+    if not len(gallery):
+        raise ValueError("an empty gallery")
+    asked = torch.from_numpy(np.asarray(queries, dtype=np.float32))
+    best, place = torch.empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64)
+    for start in range(0, len(gallery), chunk):
+        rows = torch.from_numpy(np.asarray(gallery[start : start + chunk], dtype=np.float32))
+        found, where = (asked @ rows.T).topk(min(count, len(rows)), dim=1)
+        both, places = torch.cat([best, found], 1), torch.cat([place, where + start], 1)
+        best, order = both.topk(min(count, both.shape[1]), dim=1)
+        place = places.gather(1, order)
+    return best.numpy(), place.numpy()
+
+
 def confidence_of(guesses: np.ndarray, similarity: np.ndarray, identities, threshold: float) -> np.ndarray:
     """Return how sure each guess is: its similarity or probability; the threshold for ``new_whale``.
 

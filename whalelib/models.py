@@ -316,7 +316,8 @@ def densenet121(weights: Path | str | None = None, *, sha256: str | None = None,
         torch.manual_seed(seed)
         network = pretrainedmodels.densenet121(pretrained=None)
     known = sha256 or Path(DENSENET121_URL).stem.rsplit("-", 1)[1]
-    return FeatureMap(network, without_classifier(network, weights, known, DENSENET121_URL), ("features",))
+    features = without_classifier(network, weights, known, DENSENET121_URL)
+    return FeatureMap(network.to(memory_format=torch.channels_last), features, ("features",))
 
 
 def _newer_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -382,6 +383,7 @@ def second_place_backbone(
         network = getattr(pretrainedmodels, name)(pretrained=None)
     known = sha256 or Path(url).stem.rsplit("-", 1)[1]
     features = without_classifier(network, weights, known, url)
+    network = network.to(memory_format=torch.channels_last)
     return FeatureMap(network, features, ("layer2", "layer3", "layer4"))
 
 

@@ -181,6 +181,22 @@ class Run:
         return "cuda" if available and self.settings.device != "cpu" else "cpu"
 
     @property
+    def resources(self) -> dict[str, object]:
+        """What `train.fit` may use: device, precision and workers.
+
+        At the published sizes on a GPU: bfloat16, a process a core to load with, but for one, and, where the
+        environment's WHALE_COMPILE is 1, compiled networks. Else float32 and no processes, so that a training is the
+        same everywhere but for rounding.
+        """
+        large = self.settings.profile == "paper" and self.device == "cuda"
+        return {
+            "device": self.device,
+            "precision": "bf16-mixed" if large else "32-true",
+            "workers": max(1, min(16, len(os.sched_getaffinity(0))) - 1) if large else 0,
+            "compiled": large and os.environ.get("WHALE_COMPILE") == "1",
+        }
+
+    @property
     def device_name(self) -> str:
         """The device as results carry it: "cpu", or "cuda" with the card's name.
 
@@ -251,15 +267,15 @@ class Run:
         with replacing(path.with_suffix(".csv")) as part:
             frame.to_csv(part, index=named, float_format="%.8g", lineterminator="\n")
 
-    def folder(self, name: str, *, apart: tuple[str, ...] = (), **key: object) -> Path:
+    def folder(self, name: str, *, code: str | None = None, **key: object) -> Path:
         """Return a cache folder for what ``name`` and ``key`` say, made from these data with this code.
 
-        Profile, edition, seed, device, the catalog's fingerprint and the library's sources (save what only
-        shows results) are part of the key: nothing made under other conditions is ever read back.
+        Profile, edition, seed, device, the catalog's fingerprint and the code are part of the key: nothing made under
+        other conditions is ever read back.
 
         Args:
             name: what is kept.
-            apart: sources that have no part in it, as ``sources_hash`` takes them.
+            code: a hash of the code that makes it; default of the library's sources, save what only shows results.
             **key: what else it depends on.
         """
         parts = {
@@ -267,7 +283,9 @@ class Run:
             "key": key,
             "data": self.catalog.fingerprint,
             "settings": {**asdict(self.settings), "data": "", "device": self.device},
-            "code": sources_hash("course/", "report/", "plots.py", "run.py", "ledger.py", *apart),
+            "code": sources_hash("course/", "report/", "plots.py", "run.py", "ledger.py")
+            if code is None
+            else code,
         }
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         folder = place("WHALE_CACHE", "data/cache") / f"{name}-{digest}"

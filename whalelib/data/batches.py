@@ -23,20 +23,22 @@ class Doubled(Dataset):
 
     Args:
         photographs: labelled, with the transform of training, which comes before the mirror.
+        twice: False leaves the mirrored whales out, and with them half of the items.
 
     Attributes:
         labels: (2N,) the items'.
         new: 2C.
     """
 
-    def __init__(self, photographs: Photographs):
+    def __init__(self, photographs: Photographs, twice: bool = True):
         self.photographs, self.epoch = photographs, 0
         whales = len(photographs.known)
         self.new = 2 * whales
         identity = photographs.catalog.table["identity"].to_numpy(dtype=object)
         plain = np.where(identity == NEW_WHALE, self.new, photographs.labels)
         named = (plain >= 0) & (plain < whales)
-        self.labels = np.concatenate([plain, np.where(named, plain + whales, plain)])
+        mirrored = np.where(named, plain + whales, plain)
+        self.labels = np.concatenate([plain, mirrored]) if twice else plain
 
     def __len__(self):
         return len(self.labels)
@@ -65,7 +67,7 @@ class Doubled(Dataset):
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides the items."""
-        parts = ["doubled", self.photographs.fingerprint]
+        parts = ["doubled", self.photographs.fingerprint, len(self)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -4,19 +4,27 @@ An ImageNet-trained EfficientNet-Lite0, fine-tuned as a classifier of the known 
 photographs (cosine) and `new_whale` where none is near enough.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
-from whalelib.data import NEW_WHALE, Catalog
+from whalelib import augment
+from whalelib.data import NEW_WHALE, Catalog, read_image
+from whalelib.data.masks import mask_pixels
 from whalelib.data.photographs import Photographs
-from whalelib.identify import choose_threshold, embed, identity_similarity, threshold_curve, top5
+from whalelib.files import locked
+from whalelib.identify import choose_threshold, embed, hold_out, identity_similarity, threshold_curve, top5
+from whalelib.locate import cache_folder, code_of
 from whalelib.losses import cross_entropy
 from whalelib.models import Identifier
-from whalelib.train import warm_cosine
+from whalelib.run import Run
+from whalelib.train import fit, warm_cosine
 
 SIZES = {"lab": (96, 192), "paper": (256, 512)}  # (H, W) of the input
 PASSES = {"lab": 8_000, "paper": 1_000_000}  # images to train with, the same ones again and again
@@ -58,6 +66,67 @@ def named(catalog: Catalog) -> Catalog:
     """Return the photographs whose whale is known: all that a classifier can learn from."""
     identity = catalog.table["identity"]
     return catalog.where((identity.notna() & (identity != NEW_WHALE)).to_numpy(dtype=bool))
+
+
+def training_code(*others: object) -> str:
+    """Return a hash of the code that decides a trained network's weights, as `locate.code_of`.
+
+    That of every recipe; others: modules, classes and functions of one recipe. What it is trained on goes into the
+    cache's key by its fingerprint instead.
+    """
+    modules = (augment.augmented, cross_entropy, Identifier, fit, read_image, mask_pixels, Photographs)
+    return code_of(*map(inspect.getmodule, modules), *others)
+
+
+def pixels_folder() -> Path:
+    """Return where decoded photographs are kept, of all data and recipes; the files' names tell them apart."""
+    return cache_folder("pixels", code_of(*map(inspect.getmodule, (read_image, mask_pixels, Photographs))))
+
+
+def folder(run: Run, epochs: int) -> Path:
+    """Return where the network trained on a run's data so often is kept."""
+    code = training_code(network, optimizer, schedule, loss, named, hold_out)
+    return run.folder("baseline", code=code, epochs=epochs, size=SIZES[run.settings.profile])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network, its history, and the photographs that `answer` takes: rest, held out, queries."""
+
+    model: Identifier
+    history: pd.DataFrame
+    photographs: tuple[Photographs, Photographs, Photographs]
+
+
+def trained(run: Run, images: float = 1.0) -> Trained:
+    """Train the baseline on a run's data as notebook 01_02 does, or fetch it from the cache.
+
+    images: times the budget.
+    """
+    size, seed = SIZES[run.settings.profile], run.settings.seed
+    pixels = pixels_folder()
+    rest, held = hold_out(run.catalog.train, seed=seed)
+    parts = tuple(
+        Photographs(part, size, known=rest.known, folder=pixels) for part in (rest, held, run.catalog.test)
+    )
+    data = Photographs(
+        named(rest), size, known=rest.known, transform=augment.baseline(size), seed=seed, folder=pixels
+    )
+    total = round(epochs(run.settings.profile, len(data)) * images)
+    model, home = network(len(rest.known), seed).to(run.device), folder(run, total)
+    with locked(home):
+        history = fit(
+            model,
+            data,
+            loss,
+            epochs=total,
+            optimizer=optimizer,
+            schedule=schedule(total),
+            seed=seed,
+            **run.resources,
+            folder=home,
+        )
+    return Trained(model, history.assign(images=history["steps"] * 32), parts)
 
 
 @dataclass(frozen=True)

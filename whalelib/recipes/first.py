@@ -8,9 +8,10 @@ Editions. Where the report says nothing, both do what the solution's code does. 
 other, `as_described` follows the report and `as_shipped` the code; every part names its own differences.
 """
 
+import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from whalelib.identify import (
     choose_threshold,
     class_balance,
     confidence_of,
+    embed,
     hold_out,
     top5,
 )
@@ -43,16 +45,12 @@ from whalelib.train import fit, load_best, load_weights, save_weights
 
 SIZES = baseline.SIZES
 BATCH = {"lab": 6, "paper": 12}  # quadruplets, of four images each
+EPOCH = {"lab": 20, "paper": 200}  # batches, about; the solution's code validated as often
 GATE = 0.5  # on training batches, a constant for new_whale
 
 
-# Sources that a trained network does not depend on, but through its photographs, boxes and masks, which are in the key.
-APART = (
-    *("bench.py", "contest.py", "identify.py", "keypoints.py", "landmarks.py", "locate.py", "metrics.py"),
-    *("postprocess.py", "realism.py"),
-    *(f"recipes/{name}.py" for name in ("full_step", "head", "ladder", "second", "third")),
-    *("data/batches.py", "data/catalog.py", "data/layouts.py", "data/statistics.py", "data/world/"),
-)
+# What an ablation may leave out.
+PARTS = ("boxes", "mirrored whales", "global triplet", "local triplet", "cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,10 @@ STEPS = {
 }
 
 
-def loss(output: dict, batch: dict, *, edition: str = "as_described") -> dict[str, torch.Tensor]:
-    """Return the three losses, their sum as `loss`, and MAP@5 on the batch (section 3.3.3).
+def loss(
+    output: dict, batch: dict, *, edition: str = "as_described", without: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Return the three losses, the sum of all but those in `without` as `loss`, and MAP@5 on the batch (section 3.3.3).
 
     The local distance is Euclidean as described, the shortest path of AlignedReID as shipped.
     """
@@ -92,7 +92,8 @@ def loss(output: dict, batch: dict, *, edition: str = "as_described") -> dict[st
         "local triplet": triplet(apart, labels, new),
         "cross-entropy": top_errors(logits, labels),
     }
-    return {"loss": sum(parts.values()), **parts, "MAP@5": batch_map(logits.detach(), labels)}
+    total = sum(value for name, value in parts.items() if name not in without)
+    return {"loss": total, **parts, "MAP@5": batch_map(logits.detach(), labels)}
 
 
 def batch_map(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -170,7 +171,10 @@ class Choices:
     """What an experiment may change of a training, and nothing else.
 
     quadruplets: a batch, None the profile's; optimizer: a class of `torch.optim`; bias: of the linear layer; size:
-    (H, W), None the profile's; images: share of the budget.
+    (H, W), None the profile's; images: share of the budget; without: some of PARTS.
+
+    Raises:
+        ValueError: no such part.
     """
 
     quadruplets: int | None = None
@@ -178,6 +182,20 @@ class Choices:
     bias: bool = True
     size: tuple[int, int] | None = None
     images: float = 1.0
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        known_parts(self.without, PARTS)
+
+
+def known_parts(without: Sequence[str], parts: Sequence[str]) -> None:
+    """Check what an ablation leaves out.
+
+    Raises:
+        ValueError: it is none of a recipe's parts.
+    """
+    if unknown := [name for name in without if name not in parts]:
+        raise ValueError(f"without {unknown[0]!r}: choose from {', '.join(parts)}")
 
 
 @dataclass(frozen=True)
@@ -194,6 +212,7 @@ class Parts:
     size: tuple[int, int]
     seed: int
     masks: bool = True
+    crop: str | None = "box"
 
     @property
     def known(self) -> list[str]:
@@ -201,10 +220,10 @@ class Parts:
         return self.rest.known
 
     def photographs(self, part: Catalog, transform=None, **options) -> Photographs:
-        """Return photographs of a located catalog at the recipe's size, cropped; masks: with a fourth channel."""
+        """Return photographs of a located catalog at the recipe's size; masks: with a fourth channel."""
         chosen = {
             "known": self.known,
-            "crop": "box",
+            "crop": self.crop,
             "masks": self.masks,
             "transform": transform,
             "seed": self.seed,
@@ -212,11 +231,11 @@ class Parts:
         return Photographs(part, self.size, **{**chosen, **options})
 
 
-def parts(run: Run, size: tuple[int, int] | None = None) -> Parts:
+def parts(run: Run, size: tuple[int, int] | None = None, crop: str | None = "box") -> Parts:
     """Locate the flukes of the run's data, and part the photographs."""
     located = locate.located(run)
     rest, held = hold_out(located.train, new=0.25, seed=run.settings.seed)
-    return Parts(rest, held, located.test, size or SIZES[run.settings.profile], run.settings.seed)
+    return Parts(rest, held, located.test, size or SIZES[run.settings.profile], run.settings.seed, crop=crop)
 
 
 def budget(profile: str, parts: Parts) -> int:
@@ -242,11 +261,12 @@ def trained(run: Run, choices: Choices | None = None) -> Trained:
     """
     choices, settings = choices or Choices(), run.settings
     choices = replace(choices, quadruplets=choices.quadruplets or BATCH[settings.profile])
-    here = parts(run, choices.size)
+    here = parts(run, choices.size, None if "boxes" in choices.without else "box")
     weights = os.environ.get("WHALE_SENET154", "") if settings.profile == "paper" else ""
     data = [part.fingerprint for part in (here.rest, here.held)]
     key = {**asdict(choices), "size": here.size, "weights": bool(weights), "photographs": data}
-    folder = run.folder("first", apart=APART, **key)
+    code = baseline.training_code(*map(inspect.getmodule, (Quadruplets, trained)))
+    folder = run.folder("first", code=code, budget=budget(settings.profile, here), **key)
     model = network(settings.profile, len(here.known), settings.edition, settings.seed, choices.bias)
     model.to(run.device)
     history = trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder))
@@ -276,17 +296,18 @@ def _train(run: Run, choices: Choices, model: FirstPlace, here: Parts, folder: P
     settings = run.settings
     profile, edition = settings.profile, settings.edition
     learner = optimizer(model, choices.optimizer)
-    pixels = run.folder("first-pixels", size=here.size)
+    pixels = baseline.pixels_folder()
     rest = here.photographs(here.rest, augment.first_place(here.size, edition), folder=pixels)
     held = here.photographs(here.held, folder=pixels)
     quadruplets = budget(profile, here) * choices.images / 4
     tables = []
     for number, step in enumerate(STEPS[profile]):
-        epochs, items = _epochs(quadruplets * step.share, choices.quadruplets)
+        epochs, items = _epochs(quadruplets * step.share, choices.quadruplets, EPOCH[profile])
         data = Quadruplets(
             rest,
             items,
             minimum=step.minimum,
+            flip=0.0 if "mirrored whales" in choices.without else 0.5,
             flips="each" if edition == "as_shipped" else "pair",
             seed=settings.seed * len(STEPS[profile]) + number,
         )
@@ -299,14 +320,14 @@ def _train(run: Run, choices: Choices, model: FirstPlace, here: Parts, folder: P
         history = fit(
             model,
             data,
-            partial(loss, edition=edition),
+            partial(loss, edition=edition, without=choices.without),
             epochs=epochs,
             folder=home,
             batch_size=choices.quadruplets,
             optimizer=lambda _: learner,
             clip=5.0,
             seed=data.seed,
-            device=run.device,
+            **run.resources,
             stop=partial(_enough, step=step),
             on_epoch=partial(_validate, held=held, epochs=None if best else epochs, step=step),
             best=best,
@@ -317,10 +338,10 @@ def _train(run: Run, choices: Choices, model: FirstPlace, here: Parts, folder: P
     return pd.concat(tables, ignore_index=True)
 
 
-def _epochs(quadruplets: float, batch: int) -> tuple[int, int]:
-    """Return epochs and items an epoch, about 20 batches, that make so many quadruplets."""
+def _epochs(quadruplets: float, batch: int, most: int) -> tuple[int, int]:
+    """Return epochs and items an epoch, about so many batches, that make so many quadruplets."""
     batches = max(1, round(quadruplets / batch))
-    epochs = max(1, round(batches / 20))
+    epochs = max(1, round(batches / most))
     return epochs, max(1, round(batches / epochs)) * batch
 
 
@@ -364,20 +385,33 @@ class Mirrored(torch.nn.Module):
         return self.model.embed(images.flip(-1))
 
 
+def by_neighbours(networks: Sequence[Trained], mirrored: bool = True) -> Answer:
+    """Name the queries' whales by cosines to the nearest labelled photographs, a mean over the networks; ours.
+
+    mirrored: also by cosines of mirror image to mirror image. The threshold is chosen as the baseline's.
+    """
+    views = []
+    for one in networks:
+        here = one.parts
+        photographs = [here.photographs(part) for part in (here.rest, here.held, here.queries)]
+        for view in (one.model, Mirrored(one.model))[: 1 + mirrored]:
+            views.append([embed(view, part) for part in photographs])
+    names = [part.table["identity"].to_numpy(dtype=object) for part in (here.rest, here.held)]
+    return baseline.answer_of(views, *names)
+
+
 def answer(trained: Trained, by: str = "classes") -> Answer:
     """Name the queries' whales.
 
     By "classes", as the solution: probabilities of photograph and mirror image. As shipped the constant for new_whale
     is the best of .1, .2, ... .9 on the held-out photographs; as described any number may be, and the classes are
-    balanced (section 3.2.3). By "neighbours", ours: cosines of the global features to the nearest labelled photograph,
-    and of mirror image to mirror image, averaged; the threshold is chosen as the baseline's.
+    balanced (section 3.2.3). By "neighbours": see :func:`by_neighbours`, with the global features.
     """
     if by not in BY:
         raise ValueError(f"by = {by!r}: choose one of {', '.join(BY)}")
     here, model = trained.parts, trained.model
     if by == "neighbours":
-        photographs = [here.photographs(part) for part in (here.rest, here.held, here.queries)]
-        return baseline.answer((model, Mirrored(model)), *photographs)
+        return by_neighbours([trained])
     truth = here.held.table["identity"].to_numpy(dtype=object)
     held, found = (probabilities(model, here.photographs(part)) for part in (here.held, here.queries))
     threshold = choose_threshold(held, here.known, truth)

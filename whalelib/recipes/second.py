@@ -9,6 +9,7 @@ other, `as_described` follows the report, its slips mended, and `as_shipped` the
 """
 
 import argparse
+import inspect
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,7 @@ import torch
 
 from whalelib import augment, keypoints
 from whalelib.contest import Contest
-from whalelib.data.batches import Doubled, Portions, PxK
+from whalelib.data.batches import Doubled, Portions, PxK, Shuffled
 from whalelib.files import locked, replacing
 from whalelib.identify import choose_threshold, hold_out, pseudo_labels, top5, top_probabilities
 from whalelib.ledger import append_ledger, ledger_path, rows_of
@@ -41,7 +43,7 @@ from whalelib.models import (
 )
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
-from whalelib.recipes.first import BY, Mirrored, Parts
+from whalelib.recipes.first import BY, Parts
 from whalelib.run import EDITIONS, Run, Settings
 from whalelib.train import fit, load_best
 
@@ -77,8 +79,8 @@ MODELS = {
     **{"i": (2, 0, False, 1), "j": (2, 1, True, 2)},
 }
 
-# Sources that a trained network does not depend on, but through its photographs and boxes, which are in the key.
-APART = tuple(sorted({*first.APART, "data/quadruplets.py"} - {"data/batches.py", "recipes/second.py"}))
+# What an ablation may leave out.
+PARTS = ("boxes", "Table 4.1", "mirrored whales", "batches of groups", "focal", "margin", "triplet")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,10 @@ class Choices:
 
     backbone: one of the profile's BACKBONES; size: (H, W); pseudo: with pseudo-labelled test photographs; margin: of
     the margin loss, default .5 as described and 0 as shipped, where the margin was never applied; batch: images;
-    images: share of the budget.
+    group: images of a whale in it; images: share of the budget; without: some of PARTS.
+
+    Raises:
+        ValueError: no such part.
     """
 
     backbone: str | None = None
@@ -97,6 +102,10 @@ class Choices:
     batch: int | None = None
     group: int | None = None
     images: float = 1.0
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        first.known_parts(self.without, PARTS)
 
 
 def choices_of(profile: str, model: str, images: float = 1.0) -> Choices:
@@ -126,10 +135,14 @@ class Loss:
         edition: see above.
         epochs: that stand for the 100.
         margin: of the margin loss.
+        without: which of the three to leave out of the sum.
     """
 
-    def __init__(self, edition: str, epochs: int, margin: float):
+    WEIGHTS: ClassVar = {"focal": 1.0, "margin": 0.1, "triplet": 1.0}
+
+    def __init__(self, edition: str, epochs: int, margin: float, without: Sequence[str] = ()):
         self.shipped, self.epochs, self.margin = edition == "as_shipped", epochs, margin
+        self.weights = {name: weight for name, weight in self.WEIGHTS.items() if name not in without}
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -144,7 +157,7 @@ class Loss:
             "margin": arcface(output["cosines"], labels, self.margin),
             "triplet": triplet(euclidean(output["features"]), labels, as_shipped=self.shipped),
         }
-        total = parts["focal"] + 0.1 * parts["margin"] + parts["triplet"]
+        total = sum(weight * parts[name] for name, weight in self.weights.items())
         return {"loss": total, **parts, "MAP@5": first.batch_map(logits.detach(), labels)}
 
 
@@ -193,13 +206,12 @@ def _weights(name: str) -> str | None:
     return os.environ.get(f"WHALE_{name.upper()}") or None
 
 
-def parts(run: Run, size: tuple[int, int] | None = None) -> Parts:
+def parts(run: Run, size: tuple[int, int] | None = None, crop: str | None = "box") -> Parts:
     """Find the flukes' key points and boxes in the run's data, and part the photographs as the first recipe does."""
     located = keypoints.located(run)
     rest, held = hold_out(located.train, new=0.25, seed=run.settings.seed)
-    return Parts(
-        rest, held, located.test, size or SIZES[run.settings.profile][0], run.settings.seed, masks=False
-    )
+    size = size or SIZES[run.settings.profile][0]
+    return Parts(rest, held, located.test, size, run.settings.seed, masks=False, crop=crop)
 
 
 def with_pseudo_labels(run: Run, here: Parts, choices: Choices) -> Parts:
@@ -225,7 +237,7 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     """
     choices, settings = choices or Choices(), run.settings
     profile, edition = settings.profile, settings.edition
-    here = parts(run, choices.size)
+    here = parts(run, choices.size, None if "boxes" in choices.without else "box")
     budget = first.budget(profile, here) * choices.images
     if choices.pseudo:
         here = with_pseudo_labels(run, here, choices)
@@ -236,8 +248,9 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     choices = replace(choices, backbone=backbone, margin=margin, **chosen)
     data = [part.fingerprint for part in (here.rest, here.held)]
     given = profile == "paper" and bool(_weights(backbone))
-    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
-    folder = run.folder("second", apart=APART, **key)
+    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data, "budget": budget}
+    modules = map(inspect.getmodule, (Doubled, first.trained, trained))
+    folder = run.folder("second", code=baseline.training_code(*modules), **key)
     model = network(profile, len(here.known), edition, settings.seed, backbone).to(run.device)
     history = first.trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder, budget))
     return first.Trained(model, here, history)
@@ -247,17 +260,23 @@ def _train(
     run: Run, choices: Choices, model: SecondPlace, here: Parts, folder: Path, budget: float
 ) -> pd.DataFrame:
     profile, edition, seed = run.settings.profile, run.settings.edition, run.settings.seed
-    pixels = run.folder("second-pixels", size=here.size)
-    data = Doubled(here.photographs(here.rest, augment.second_place(here.size, edition), folder=pixels))
+    pixels = baseline.pixels_folder()
+    plain = "Table 4.1" in choices.without
+    transform = augment.baseline(here.size) if plain else augment.second_place(here.size, edition)
+    twice = "mirrored whales" not in choices.without
+    data = Doubled(here.photographs(here.rest, transform, folder=pixels), twice)
     held = here.photographs(here.held, folder=pixels)
-    sampler = PxK(data.labels, choices.batch, data.new, images=choices.group, seed=seed)
+    if "batches of groups" in choices.without:
+        sampler = Shuffled(len(data), choices.batch, seed)
+    else:
+        sampler = PxK(data.labels, choices.batch, data.new, images=choices.group, seed=seed)
     epochs = EPOCHS if profile == "paper" else 20
     portion = max(1, round(budget / choices.batch / epochs))
     best = "valid MAP@5" if profile == "paper" else None
     history = fit(
         model,
         data,
-        Loss(edition, epochs, choices.margin),
+        Loss(edition, epochs, choices.margin, choices.without),
         epochs=epochs,
         folder=folder,
         batch_size=choices.batch,
@@ -265,7 +284,7 @@ def _train(
         schedule=partial(rate_factor, epochs=epochs),
         sampler=Portions(sampler, portion),
         seed=seed,
-        device=run.device,
+        **run.resources,
         on_epoch=partial(_validate, held=held, epochs=None if best else epochs),
         best=best,
         settings={"choices": asdict(choices), "portion": portion},
@@ -326,9 +345,7 @@ def answer(
     networks = [networks] if isinstance(networks, first.Trained) else list(networks)
     here, known = networks[0].parts, networks[0].parts.known
     if by == "neighbours":
-        (model,) = (one.model for one in networks)
-        photographs = [here.photographs(part) for part in (here.rest, here.held, here.queries)]
-        return baseline.answer((model, Mirrored(model)), *photographs)
+        return first.by_neighbours(networks)
     truth = here.held.table["identity"].to_numpy(dtype=object)
     held, found = (votes(networks, part, weights) for part in ("held", "queries"))
     shipped = networks[0].model.edition == "as_shipped"

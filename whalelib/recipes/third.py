@@ -11,6 +11,7 @@ other, `as_described` follows the report, its slips mended, and `as_shipped` the
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -73,12 +74,8 @@ THRESHOLD = 0.385  # of new_whale, as shipped
 # Table 5.2: milestones as shares of the training, where the rate is halved; times the highest rate; class grouping.
 MODELS = {"1": ((0.5, 0.7), 1, False), "2": ((0.3, 0.4), 1, False), "3": ((0.3, 0.4), 0.5, True)}
 
-# Sources that a trained network does not depend on, but through its photographs and landmarks, which are in the key.
-APART = tuple(
-    sorted(
-        {*first.APART, "data/quadruplets.py"} - {"data/batches.py", "keypoints.py", "recipes/third.py"},
-    )
-)
+# What an ablation may leave out.
+PARTS = ("mirrored whales",)
 
 
 class Flukes(Dataset):
@@ -238,7 +235,10 @@ class Choices:
     """What a network may be trained with besides the profile's and the edition's.
 
     model: of Table 5.2; margin: ArcFace's, radians; images: share of the budget; aligned: share of the crops; average:
-    the last weights, or take the last alone, default as the profile does; size: (H, W).
+    the last weights, or take the last alone, default as the profile does; size: (H, W); without: some of PARTS.
+
+    Raises:
+        ValueError: no such part.
     """
 
     model: str = "1"
@@ -247,6 +247,10 @@ class Choices:
     aligned: float = 0.5
     average: bool | None = None
     size: tuple[int, int] | None = None
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        first.known_parts(self.without, PARTS)
 
 
 @dataclass(frozen=True)
@@ -330,15 +334,25 @@ def _folder(run: Run, choices: Choices, here: Parts) -> Path:
     given = run.settings.profile == "paper" and bool(os.environ.get("WHALE_DENSENET121"))
     data = [part.fingerprint for part in (here.rest, here.held)]
     key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
-    return run.folder("third", apart=APART, **key)
+    key["budget"] = budget(run.settings.profile, here)
+    crops = (
+        landmarks.crop_of,
+        landmarks.crop_pixels,
+        landmarks.jittered,
+        landmarks.within,
+        landmarks.aligned,
+    )
+    modules = map(inspect.getmodule, (Shuffled, first.trained, trained))
+    return run.folder("third", code=baseline.training_code(PointedPhotographs, *crops, *modules), **key)
 
 
 def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: Path) -> pd.DataFrame:
     profile, edition, seed = run.settings.profile, run.settings.edition, run.settings.seed
-    pixels = run.folder("third-pixels", size=here.frame)
+    pixels = baseline.pixels_folder()
     transform = augment.third_place(here.frame, edition)
     data = here.flukes(here.rest, transform=transform, aligned=choices.aligned, folder=pixels)
     held = here.flukes(here.held, folder=pixels)
+    items = len(here.rest) if "mirrored whales" in choices.without else len(data)
     milestones, slower, _ = MODELS[choices.model]
     epochs, paper = EPOCHS[profile], profile == "paper"
     portion = max(1, round(budget(profile, here) * choices.images / BATCH / epochs))
@@ -352,9 +366,9 @@ def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: P
         optimizer=partial(optimizer, rate=RATE[profile] * slower, new=NEW_RATE[profile]),
         schedule=partial(rate_factor, epochs=epochs, milestones=milestones),
         accumulate=accumulated if paper else 1,
-        sampler=Portions(Shuffled(len(data), BATCH, seed), portion),
+        sampler=Portions(Shuffled(items, BATCH, seed), portion),
         seed=seed,
-        device=run.device,
+        **run.resources,
         on_epoch=partial(_validate, held=held, every=SNAPSHOTS[profile][0] if paper else epochs),
         best=mean_score if paper else None,
         snapshots=SNAPSHOTS[profile],
@@ -396,23 +410,33 @@ def held_score(model: ThirdPlace, held: Flukes) -> float:
     return max(map_at_k(top5(nearest, whales, limit), truth) for limit in (0.40, 0.38, 0.36, 0.34, 0.32))
 
 
-def features(model: ThirdPlace, flukes: Flukes) -> np.ndarray:
-    """Return (2, N, 2, D): of photographs and of their mirror images, plain and aligned (section 5.4)."""
-    views = (model, Mirrored(model))
-    return np.stack([np.stack([embed(view, flukes.plain(a)) for a in (0, 1)], 1) for view in views])
+def features(model: ThirdPlace, flukes: Flukes, *, mirrored: bool = True, aligned: bool = True) -> np.ndarray:
+    """Return (2, N, 2, D): of photographs and of their mirror images, plain and aligned (section 5.4).
+
+    mirrored, aligned: False leaves these out: (1, N, 1, D).
+    """
+    views = (model, Mirrored(model))[: 1 + mirrored]
+    crops = (0, 1)[: 1 + aligned]
+    return np.stack([np.stack([embed(view, flukes.plain(a)) for a in crops], 1) for view in views])
 
 
 def similarity(
-    trained: first.Trained, queries: Catalog | None = None, gallery: Catalog | None = None
+    trained: first.Trained,
+    queries: Catalog | None = None,
+    gallery: Catalog | None = None,
+    *,
+    mirrored: bool = True,
+    aligned: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return how near each query is to each whale's template: (Q, C), and the whales (C,).
 
-    queries, gallery: photographs with boxes and landmarks; default the network's parts of these names.
+    queries, gallery: photographs with boxes and landmarks; default the network's parts of these names. mirrored: by
+    mirror images too; aligned: by aligned crops too.
     """
     here = trained.parts
     gallery = here.gallery if gallery is None else gallery
     asked, known = (
-        features(trained.model, here.flukes(part))
+        features(trained.model, here.flukes(part), mirrored=mirrored, aligned=aligned)
         for part in (here.queries if queries is None else queries, gallery)
     )
     found = [templates(view, gallery.table["identity"]) for view in known]
@@ -422,8 +446,10 @@ def similarity(
 BY = ("share", "held")
 
 
-def answer(networks: first.Trained | Sequence[first.Trained], by: str = "share") -> Answer:
+def answer(networks: first.Trained | Sequence[first.Trained], by: str = "share", **views: bool) -> Answer:
     """Name the queries' whales by the nearest templates, with one network or several whose cosines are averaged.
+
+    views: as :func:`similarity` takes them.
 
     Where ``new_whale`` comes. By "share", as the solution (section 5.5): as described where it is the first guess of
     27.6 % of the queries, for which its .385 was chosen; as shipped before the first whale below .385. By "held", ours:
@@ -432,12 +458,12 @@ def answer(networks: first.Trained | Sequence[first.Trained], by: str = "share")
     if by not in BY:
         raise ValueError(f"by = {by!r}: choose one of {', '.join(BY)}")
     networks = [networks] if isinstance(networks, first.Trained) else list(networks)
-    cosine, whales = _mean([similarity(one) for one in networks])
+    cosine, whales = _mean([similarity(one, **views) for one in networks])
     here, held = networks[0].parts, float("nan")
     if by == "held":
         asked = pd.concat([here.held.table, here.strangers.table]).drop_duplicates("image")
         unseen = replace(here.held, table=asked[~asked["image"].isin(here.rest.table["image"])])
-        found, names = _mean([similarity(one, unseen, here.rest) for one in networks])
+        found, names = _mean([similarity(one, unseen, here.rest, **views) for one in networks])
         truth = unseen.table["identity"].to_numpy(dtype=object)
         limits, scores = threshold_curve(found, names, truth)
         limit, held = limits[scores.argmax()], scores.max()
