@@ -94,11 +94,14 @@ def test_a_loss_can_be_left_out():
 
 def test_parts_can_be_left_out(six_animals):
     plain = second.trained(six_animals, CHOICES)
-    parts = ("boxes", "Table 4.1", "mirrored whales", "batches of groups")
-    for part in parts:
+    for part in ("Table 4.1", "mirrored whales", "batches of groups"):
         other = second.trained(six_animals, replace(CHOICES, without=(part,)))
         assert not torch.equal(weights(other.model), weights(plain.model)), part
-        assert other.parts.crop == (None if part == "boxes" else "box")
+    without = second.trained(six_animals, replace(CHOICES, without=("boxes",)))
+    assert (plain.parts.crop, without.parts.crop) == (
+        "box",
+        None,
+    )  # these boxes, enlarged, are whole photographs
 
 
 def test_a_vote_is_the_shipped_blend(six_animals):

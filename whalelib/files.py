@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +12,24 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` (same suffix), moved over ``path`` when the block succeeds.
 
-    A block that raises, or a process that is killed, leaves ``path`` as it was.
+    The block makes a file or a folder there. A block that raises, or a process that is killed, leaves ``path`` as
+    it was (killed in the moment when a folder takes another's place: no folder).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield part
+        if part.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a disk that is full doesn't say for which file
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ _LITE_PARTS = {
     "_fc": "classifier",
 }
 
+Sums = str | tuple[str, ...]  # the SHA-256 of a file, or its first digits; of several files
+
 SENET154_URL = "http://data.lip6.fr/cadene/pretrainedmodels/senet154-c7b49a05.pth"
 DENSENET121_URL = "http://data.lip6.fr/cadene/pretrainedmodels/densenet121-fbdb23505.pth"
 SENET154_SHA256 = "c7b49a05"  # its first digits, as the file's name tells them
@@ -76,12 +78,12 @@ def lite0(pretrained: bool = True, classes: int = 0) -> nn.Module:
     return lite(0, pretrained, classes)
 
 
-def load_checked(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+def load_checked(path: Path, sha256: Sums) -> dict[str, torch.Tensor]:
     """Load a file of weights, once its SHA-256 is right and nothing but tensors is in it.
 
     Args:
         path: of what ``torch.save`` wrote.
-        sha256: the whole sum, or as many of its first digits as are known.
+        sha256: the whole sum, or as many of its first digits as are known; or those of several files.
 
     Raises:
         ValueError: the file is another one.
@@ -260,7 +262,11 @@ def first_place_lite0(stem: str = "mask", pretrained: bool = True) -> FeatureMap
 
 
 def senet154(
-    stem: str = "mask", weights: Path | str | None = None, *, sha256: str = SENET154_SHA256, seed: int = 0
+    stem: str = "mask",
+    weights: Path | str | None = None,
+    *,
+    sha256: Sums = SENET154_SHA256,
+    seed: int = 0,
 ) -> FeatureMap:
     """Return the first solution's backbone, SENet-154 (section 3.3.1): (N, 2048, H / 32, W / 32).
 
@@ -287,14 +293,16 @@ def senet154(
         return _senet_map(network, stem, weights, sha256)
 
 
-def _senet_map(network: nn.Module, stem: str, weights: Path | str | None, sha256: str) -> FeatureMap:
+def _senet_map(network: nn.Module, stem: str, weights: Path | str | None, sha256: Sums) -> FeatureMap:
     """Return any of pretrainedmodels' SENets as a feature map for four channels."""
     features = without_classifier(network, weights, sha256, SENET154_URL)
     network.layer0.conv1 = widen_stem(network.layer0.conv1, stem)
     return FeatureMap(network.to(memory_format=torch.channels_last), features, ("layer3", "layer4"))
 
 
-def densenet121(weights: Path | str | None = None, *, sha256: str | None = None, seed: int = 0) -> FeatureMap:
+def densenet121(
+    weights: Path | str | None = None, *, sha256: Sums | None = None, seed: int = 0
+) -> FeatureMap:
     """Return the third solution's backbone, DenseNet-121 (section 5.3.1): (N, 1024, H / 32, W / 32).
 
     From pretrainedmodels. Its last normalisation is there, without the ReLU that follows it in a classifier.
@@ -325,7 +333,7 @@ def _newer_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {re.sub(r"\b(norm|relu|conv)\.([12])\.", r"\1\2.", name): value for name, value in state.items()}
 
 
-def without_classifier(network: nn.Module, weights: Path | str | None, sha256: str, url: str) -> int:
+def without_classifier(network: nn.Module, weights: Path | str | None, sha256: Sums, url: str) -> int:
     """Take the classifier off one of pretrainedmodels' networks, load its weights; return its number of features."""
     features = network.last_linear.in_features
     for part in ("avg_pool", "avgpool", "dropout", "last_linear", "fc"):
@@ -358,7 +366,11 @@ def second_place_url(name: str) -> str:
 
 
 def second_place_backbone(
-    name: str, weights: Path | str | None = None, *, sha256: str | None = None, seed: int = 0
+    name: str,
+    weights: Path | str | None = None,
+    *,
+    sha256: Sums | None = None,
+    seed: int = 0,
 ) -> FeatureMap:
     """Return a backbone of the second solution (section 4.3.2), from pretrainedmodels: (N, 2048, H / 32, W / 32).
 

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +49,7 @@ class TrainingError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint can't be used."""
+    """A checkpoint can't be used or written."""
 
 
 class TrialEnded(Exception):
@@ -173,7 +174,7 @@ def fit(
     Raises:
         TrainingError: a loss or gradient that is not finite. The last good checkpoint is kept.
         CheckpointError: the folder's checkpoint is damaged, was made with other settings, or is beyond
-            ``epochs``.
+            ``epochs``; or the folder can't be written, which is tried before the first step, or its disk is full.
         TrialEnded: inside a :func:`trial`, after its steps.
         ValueError: an argument that makes no sense.
     """
@@ -201,8 +202,7 @@ def fit(
     }
     network, stepper = fabric.setup(torch.compile(model) if compiled else model, optimizer)
     checkpoints = Checkpoints(folder, recipe, writes=fabric.is_global_zero)
-    if not resume:
-        checkpoints.clear()
+    checkpoints.prepare(resume)
     fabric.barrier()
     progress = checkpoints.load(model, optimizer)
     if (progress.epoch, progress.step) > (epochs, 0):
@@ -306,6 +306,23 @@ class Checkpoints:
         found = (self.folder / "checkpoints").glob("[0-9]*-[0-9]*")
         return max(found, default=None, key=lambda path: path.name)
 
+    def prepare(self, resume: bool = True) -> None:
+        """Find out whether the folder can be written, and remove what a killed run left half written, or all."""
+        if not self.writes:
+            return
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        for place in (self.folder, self.folder / "checkpoints", self.folder / "snapshots"):
+            for part in place.glob(".[0-9]*-*"):
+                if part.is_dir():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink()
+        if not resume:
+            self.clear()
+
     def clear(self) -> None:
         """Remove what an earlier run left."""
         if self.writes:
@@ -319,22 +336,18 @@ class Checkpoints:
         if not self.writes:
             return
         home = self.folder / "checkpoints"
-        part = home / f".{os.getpid()}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        final = home / f"{progress.epoch:05d}-{progress.step:07d}"
         tensors, numbers = _optimizer_state(model, optimizer)
         state = {"progress": asdict(progress), "recipe": self.recipe, "optimizer": numbers}
-        _write_tensors(model.state_dict(), part / "model.safetensors")
-        _write_tensors(tensors, part / "optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps(state, indent=1))
-        (part / "crc32.json").write_text(
-            json.dumps({name: _crc32(part / name) for name in self.FILES}, indent=1)
-        )
-        for path in part.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        final = home / f"{progress.epoch:05d}-{progress.step:07d}"
-        os.replace(part, final)
+        with _writing(final), replacing(final) as part:
+            part.mkdir()
+            _write_tensors(model.state_dict(), part / "model.safetensors")
+            _write_tensors(tensors, part / "optimizer.safetensors")
+            _write_json(state, part / "state.json")
+            _write_json({name: _crc32(part / name) for name in self.FILES}, part / "crc32.json")
+            for path in part.iterdir():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
         for old in home.iterdir():
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
@@ -355,20 +368,26 @@ class Checkpoints:
             return
         found = [row[best] if isinstance(best, str) else best(rows[: i + 1]) for i, row in enumerate(rows)]
         if found[-1] >= max(found):
-            with replacing(self.folder / "best-optimizer.safetensors") as part:
-                _write_tensors(_optimizer_state(model, optimizer)[0], part)
-            save_weights(model, self.folder / "best.safetensors")
-            if (self.folder / "snapshots").exists():
-                shutil.rmtree(self.folder / "best-snapshots", ignore_errors=True)
-                shutil.copytree(self.folder / "snapshots", self.folder / "best-snapshots")
+            names = ("best.safetensors", "best-optimizer.safetensors")
+            weights, state = (self.folder / name for name in names)
+            with replacing(weights) as part, replacing(state) as other:  # moved when all is written
+                _write_tensors(model.state_dict(), part)
+                _write_tensors(_optimizer_state(model, optimizer)[0], other)
+                if (self.folder / "snapshots").exists():
+                    copied = self.folder / "best-snapshots"
+                    with _writing(copied), replacing(copied) as copies:
+                        shutil.copytree(self.folder / "snapshots", copies)
 
     def save_snapshot(self, model: nn.Module, epoch: int, every: int, count: int) -> None:
         """Keep the weights of an epoch, from 1, if it is one in ``every``, and the last ``count`` of such alone."""
         if self.writes and epoch % every == 0:
             home = self.folder / "snapshots"
             home.mkdir(parents=True, exist_ok=True)
-            save_weights(model, home / f"{epoch:05d}.safetensors")
-            for old in sorted(home.glob("*.safetensors"))[:-count]:
+            path = home / f"{epoch:05d}.safetensors"
+            save_weights(model, path)
+            kept = sorted(home.glob("*.safetensors"))
+            here = kept.index(path) + 1  # what follows is of a run that was begun again
+            for old in kept[: max(here - count, 0)] + kept[here:]:
                 old.unlink()
 
     def load(self, model: nn.Module, optimizer: Optimizer) -> Progress:
@@ -405,12 +424,17 @@ class Checkpoints:
 
     def _write_log(self, progress: Progress) -> None:
         if self.writes and progress.rows:
-            with replacing(self.folder / "log.csv") as part:
+            path = self.folder / "log.csv"
+            with _writing(path), replacing(path) as part:
                 pd.DataFrame(progress.rows).to_csv(part, index=False)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's weights and buffers as safetensors, all or nothing."""
+    """Write a model's weights and buffers as safetensors, all or nothing.
+
+    Raises:
+        CheckpointError: the file can't be written.
+    """
     with replacing(Path(path)) as part:
         _write_tensors(model.state_dict(), part)
 
@@ -613,7 +637,8 @@ def _seeded(
 ) -> Iterator[dict]:
     """Yield this process's share of each batch still to come, torch being seeded for it."""
     rank, processes = fabric.global_rank, fabric.world_size
-    share = [batch[rank::processes] for batch in batches[progress.step :]]
+    # In a row, so that a group of one whale's images, which some losses compare, stays together.
+    share = [np.array_split(batch, processes)[rank].tolist() for batch in batches[progress.step :]]
     if any(len(batch) % processes for batch in batches):
         raise ValueError(f"batches of {len(batches[0])} can't be shared by {processes} processes")
     on_gpu = fabric.device.type == "cuda"
@@ -704,8 +729,25 @@ def _differences(old: object, new: object, name: str = "") -> Iterator[str]:
         yield f"{name}: {old} there, {new} here"
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the file that can't be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: can't be written ({error}). The last good checkpoint, if any, is kept."
+        ) from error
+
+
 def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    with _writing(path):
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def _write_json(values: dict, path: Path) -> None:
+    with _writing(path):
+        path.write_text(json.dumps(values, indent=1))
 
 
 def _crc32(path: Path) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandera.pandas as pandera
 
 KAGGLE_FOLDERS = (
+    Path("/kaggle/input/competitions/humpback-whale-identification"),
     Path("/kaggle/input/humpback-whale-identification"),
     Path("data/humpback-whale-identification"),
 )

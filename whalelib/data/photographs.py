@@ -49,6 +49,7 @@ class Photographs(Dataset):
     Raises:
         ValueError: an argument is not one of the choices, or boxes or masks are wanted and there are none.
         PhotographError: a photograph that can't be read, by its path.
+        OSError: the file in ``folder`` can't be written.
     """
 
     def __init__(
@@ -152,12 +153,29 @@ class Photographs(Dataset):
         return out
 
     def _on_disk(self, folder: Path) -> np.ndarray:
-        path = folder / f"photographs-{self._pixels_key}.npy"
-        if not path.exists():
+        path, shape = folder / f"photographs-{self._pixels_key}.npy", (len(self), *self._shape)
+        if not _holds(path, shape):
             with replacing(path) as part:
-                shape = (len(self), *self._shape)
-                self._decoded(np.lib.format.open_memmap(part, "w+", np.uint8, shape)).flush()
+                pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+                _take_room(part)
+                self._decoded(pixels).flush()
         return np.load(path, mmap_mode="r")
+
+
+def _holds(path: Path, shape: tuple[int, ...]) -> bool:
+    """Return whether a file is there and whole: what is damaged is made anew."""
+    try:
+        pixels = np.load(path, mmap_mode="r")
+    except Exception:  # NumPy raises all kinds on damaged files
+        return False
+    return pixels.shape == shape and pixels.dtype == np.uint8
+
+
+def _take_room(path: Path) -> None:
+    """Ask for the room of a file that is to be filled as mapped: there a full disk would end the process."""
+    if hasattr(os, "posix_fallocate"):  # not everywhere
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def transformed(transform, key: tuple[int, ...], pixels: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ def trained(run: Run, images: float = 1.0) -> Trained:
             **run.resources,
             folder=home,
         )
-    return Trained(model, history.assign(images=history["steps"] * 32), parts)
+    return Trained(model, history.assign(images=history["steps"] * min(32, len(data))), parts)
 
 
 @dataclass(frozen=True)

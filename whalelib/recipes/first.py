@@ -10,8 +10,8 @@ other, `as_described` follows the report and `as_shipped` the code; every part n
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from whalelib import augment, locate
+from whalelib import augment, locate, weights
 from whalelib.data import Catalog
 from whalelib.data.photographs import Photographs
 from whalelib.data.quadruplets import Quadruplets
@@ -37,7 +37,7 @@ from whalelib.identify import (
 )
 from whalelib.losses import aligned, euclidean, top_errors, triplet
 from whalelib.metrics import map_at_k, top_k_accuracy
-from whalelib.models import SENET154_MEAN, SENET154_STD, SENET154_URL, FirstPlace, senet154
+from whalelib.models import SENET154_MEAN, SENET154_STD, FirstPlace, senet154
 from whalelib.recipes import baseline
 from whalelib.recipes.baseline import Answer
 from whalelib.run import Run
@@ -106,19 +106,14 @@ def batch_map(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def network(profile: str, identities: int, edition: str, seed: int, bias: bool = True) -> FirstPlace:
     """Return the network of a profile: EfficientNet-Lite0 on a laptop (`lab`), SENet-154 as in the report (`paper`).
 
-    The environment's WHALE_SENET154 is the path of SENet-154's ImageNet weights; without it a warning says where to get
-    them, and the network starts from random ones.
+    SENet-154's ImageNet weights are those that :func:`whalelib.weights.found` finds; without them a warning says where
+    to get them, and the network starts from random ones.
     """
     if profile != "paper":
         return FirstPlace(identities, edition=edition, bias=bias, seed=seed)
-    weights = os.environ.get("WHALE_SENET154")
-    if not weights:
-        warnings.warn(
-            "SENet-154 starts from random weights, with which it will learn little from so few photographs: get "
-            f"{SENET154_URL} and set WHALE_SENET154 to its path",
-            stacklevel=2,
-        )
-    backbone = senet154("random" if edition == "as_shipped" else "mask", weights or None, seed=seed)
+    stem = "random" if edition == "as_shipped" else "mask"
+    found = weights.pretrained("senet154")
+    backbone = senet154(stem, found, sha256=weights.known("senet154"), seed=seed)
     pixels = {"mean": SENET154_MEAN, "std": SENET154_STD}
     return FirstPlace(identities, backbone, edition=edition, bias=bias, seed=seed, **pixels)
 
@@ -262,9 +257,9 @@ def trained(run: Run, choices: Choices | None = None) -> Trained:
     choices, settings = choices or Choices(), run.settings
     choices = replace(choices, quadruplets=choices.quadruplets or BATCH[settings.profile])
     here = parts(run, choices.size, None if "boxes" in choices.without else "box")
-    weights = os.environ.get("WHALE_SENET154", "") if settings.profile == "paper" else ""
+    given = settings.profile == "paper" and weights.found("senet154")
     data = [part.fingerprint for part in (here.rest, here.held)]
-    key = {**asdict(choices), "size": here.size, "weights": bool(weights), "photographs": data}
+    key = {**asdict(choices), "size": here.size, "weights": str(given), "photographs": data}
     code = baseline.training_code(*map(inspect.getmodule, (Quadruplets, trained)))
     folder = run.folder("first", code=code, budget=budget(settings.profile, here), **key)
     model = network(settings.profile, len(here.known), settings.edition, settings.seed, choices.bias)
@@ -282,7 +277,10 @@ def trained_or_kept(model: torch.nn.Module, folder: Path, train: Callable[[], pd
         train: trains the model and returns the history.
     """
     log = folder / "history.csv"
-    with locked(folder):
+    together = (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1
+    )  # processes that train one network wait for each other
+    with nullcontext() if together else locked(folder):
         if not log.exists():
             history = train()
             save_weights(model, folder / "trained.safetensors")

@@ -10,10 +10,8 @@ other, `as_described` follows the report, its slips mended, and `as_shipped` the
 
 import argparse
 import inspect
-import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from whalelib import augment, keypoints
+from whalelib import augment, keypoints, weights
 from whalelib.contest import Contest
 from whalelib.data.batches import Doubled, Portions, PxK, Shuffled
 from whalelib.files import locked, replacing
@@ -39,7 +37,6 @@ from whalelib.models import (
     SecondPlace,
     second_place_backbone,
     second_place_lite,
-    second_place_url,
 )
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
@@ -178,8 +175,8 @@ def network(
 ) -> SecondPlace:
     """Return the network over one of the profile's BACKBONES; default the first.
 
-    The environment's WHALE_RESNET101, WHALE_SE_RESNET101 and WHALE_SE_RESNEXT101_32X4D are paths of ImageNet weights;
-    without them a warning says where to get them, and the network starts from random ones.
+    ImageNet weights are those that :func:`whalelib.weights.found` finds; without them a warning says where to get them,
+    and the network starts from random ones.
 
     Raises:
         ValueError: the profile has no such backbone.
@@ -190,20 +187,9 @@ def network(
     if profile != "paper":
         body = second_place_lite(int(name.removeprefix("lite")))
         return SecondPlace(identities, body, edition=edition, seed=seed)
-    weights = _weights(name)
-    if not weights:
-        warnings.warn(
-            f"{name} starts from random weights, with which it will learn little from so few photographs: get "
-            f"{second_place_url(name)} and set WHALE_{name.upper()} to its path",
-            stacklevel=2,
-        )
-    body = second_place_backbone(name, weights, seed=seed)
+    body = second_place_backbone(name, weights.pretrained(name), sha256=weights.known(name), seed=seed)
     pixels = {"mean": SENET154_MEAN, "std": SENET154_STD}
     return SecondPlace(identities, body, edition=edition, seed=seed, **pixels)
-
-
-def _weights(name: str) -> str | None:
-    return os.environ.get(f"WHALE_{name.upper()}") or None
 
 
 def parts(run: Run, size: tuple[int, int] | None = None, crop: str | None = "box") -> Parts:
@@ -247,7 +233,7 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     chosen = {"batch": choices.batch or BATCH[profile], "group": choices.group or group}
     choices = replace(choices, backbone=backbone, margin=margin, **chosen)
     data = [part.fingerprint for part in (here.rest, here.held)]
-    given = profile == "paper" and bool(_weights(backbone))
+    given = profile == "paper" and str(weights.found(backbone))
     key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data, "budget": budget}
     modules = map(inspect.getmodule, (Doubled, first.trained, trained))
     folder = run.folder("second", code=baseline.training_code(*modules), **key)

@@ -13,10 +13,8 @@ import argparse
 import hashlib
 import inspect
 import json
-import os
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +27,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from whalelib import augment, landmarks
+from whalelib import augment, landmarks, weights
 from whalelib.contest import Contest
 from whalelib.data import NEW_WHALE, Catalog, statistics
 from whalelib.data.batches import Portions, Shuffled
@@ -49,7 +47,7 @@ from whalelib.keypoints import PointedPhotographs
 from whalelib.ledger import append_ledger, rows_of
 from whalelib.losses import add_margin, cross_entropy, without_mirrored
 from whalelib.metrics import map_at_k
-from whalelib.models import DENSENET121_URL, SENET154_MEAN, SENET154_STD, ThirdPlace, densenet121
+from whalelib.models import SENET154_MEAN, SENET154_STD, ThirdPlace, densenet121
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import Mirrored
@@ -213,21 +211,16 @@ def optimizer(model: ThirdPlace, rate: float = 5e-4, new: float = 1) -> torch.op
 def network(profile: str, identities: int, seed: int, size: tuple[int, int] | None = None) -> ThirdPlace:
     """Return the network of a profile: EfficientNet-Lite0 on a laptop (`lab`), DenseNet-121 as in the report (`paper`).
 
-    The environment's WHALE_DENSENET121 is the path of DenseNet-121's ImageNet weights; without it a warning says where
-    to get them, and the network starts from random ones.
+    DenseNet-121's ImageNet weights are those that :func:`whalelib.weights.found` finds; without them a warning says
+    where to get them, and the network starts from random ones.
     """
     size = size or SIZES[profile]
     if profile != "paper":
         return ThirdPlace(identities, size=size, seed=seed)
-    weights = os.environ.get("WHALE_DENSENET121")
-    if not weights:
-        warnings.warn(
-            "DenseNet-121 starts from random weights, with which it will learn little from so few photographs: get "
-            f"{DENSENET121_URL} and set WHALE_DENSENET121 to its path",
-            stacklevel=2,
-        )
     pixels = {"mean": SENET154_MEAN, "std": SENET154_STD}
-    return ThirdPlace(identities, densenet121(weights or None, seed=seed), size=size, seed=seed, **pixels)
+    found = weights.pretrained("densenet121")
+    backbone = densenet121(found, sha256=weights.known("densenet121"), seed=seed)
+    return ThirdPlace(identities, backbone, size=size, seed=seed, **pixels)
 
 
 @dataclass(frozen=True)
@@ -331,7 +324,7 @@ def _chosen(run: Run, choices: Choices | None) -> Choices:
 
 
 def _folder(run: Run, choices: Choices, here: Parts) -> Path:
-    given = run.settings.profile == "paper" and bool(os.environ.get("WHALE_DENSENET121"))
+    given = run.settings.profile == "paper" and str(weights.found("densenet121"))
     data = [part.fingerprint for part in (here.rest, here.held)]
     key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
     key["budget"] = budget(run.settings.profile, here)
@@ -449,27 +442,41 @@ BY = ("share", "held")
 def answer(networks: first.Trained | Sequence[first.Trained], by: str = "share", **views: bool) -> Answer:
     """Name the queries' whales by the nearest templates, with one network or several whose cosines are averaged.
 
-    views: as :func:`similarity` takes them.
+    See :func:`answers`, which gives all ways at the price of one.
+    """
+    if by not in BY:
+        raise ValueError(f"by = {by!r}: choose one of {', '.join(BY)}")
+    return answers(networks, (by,), **views)[by]
+
+
+def answers(
+    networks: first.Trained | Sequence[first.Trained], ways: Sequence[str] = BY, **views: bool
+) -> dict[str, Answer]:
+    """Name the queries' whales in several ways of BY; views: as :func:`similarity` takes them.
 
     Where ``new_whale`` comes. By "share", as the solution (section 5.5): as described where it is the first guess of
     27.6 % of the queries, for which its .385 was chosen; as shipped before the first whale below .385. By "held", ours:
     at the threshold that is best on photographs that were not trained on, the pairs' second ones and all new whales.
     """
-    if by not in BY:
-        raise ValueError(f"by = {by!r}: choose one of {', '.join(BY)}")
     networks = [networks] if isinstance(networks, first.Trained) else list(networks)
     cosine, whales = _mean([similarity(one, **views) for one in networks])
-    here, held = networks[0].parts, float("nan")
-    if by == "held":
-        asked = pd.concat([here.held.table, here.strangers.table]).drop_duplicates("image")
-        unseen = replace(here.held, table=asked[~asked["image"].isin(here.rest.table["image"])])
-        found, names = _mean([similarity(one, unseen, here.rest, **views) for one in networks])
-        truth = unseen.table["identity"].to_numpy(dtype=object)
-        limits, scores = threshold_curve(found, names, truth)
-        limit, held = limits[scores.argmax()], scores.max()
-    else:
-        limit = THRESHOLD if here.edition == "as_shipped" else expected_threshold(cosine)
-    return Answer(top5(cosine, whales, limit), float(limit), float(held), cosine, whales)
+    here, found = networks[0].parts, {}
+    usual = THRESHOLD if here.edition == "as_shipped" else expected_threshold(cosine)
+    for by in ways:
+        limit, held = _held(networks, **views) if by == "held" else (usual, float("nan"))
+        found[by] = Answer(top5(cosine, whales, limit), float(limit), float(held), cosine, whales)
+    return found
+
+
+def _held(networks: Sequence[first.Trained], **views: bool) -> tuple[float, float]:
+    """Return the threshold that is best on photographs that were not trained on, and MAP@5 there."""
+    here = networks[0].parts
+    asked = pd.concat([here.held.table, here.strangers.table]).drop_duplicates("image")
+    unseen = replace(here.held, table=asked[~asked["image"].isin(here.rest.table["image"])])
+    found, names = _mean([similarity(one, unseen, here.rest, **views) for one in networks])
+    truth = unseen.table["identity"].to_numpy(dtype=object)
+    limits, scores = threshold_curve(found, names, truth)
+    return limits[scores.argmax()], scores.max()
 
 
 def _mean(found: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -493,9 +500,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in chosen.models:
         networks.append(trained(run, Choices(model=name)))
         images = networks[-1].parts.queries.table["image"]
-        for by in BY:
-            guesses = answer(networks[-1], by).guesses
-            scores[f"MAP@5, model {name}, by {by}"] = contest.score_guesses(images, guesses).all
+        for by, found in answers(networks[-1]).items():
+            score = contest.score_guesses(images, found.guesses).all
+            scores[f"MAP@5, model {name}, by {by}"] = score
     if len(networks) > 1:
         together = answer(networks).guesses
         scores[f"MAP@5, models {chosen.models}, by share"] = contest.score_guesses(images, together).all

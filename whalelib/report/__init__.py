@@ -37,6 +37,7 @@ __all__ = [
     "first_place_checkpoints",
     "first_place_curves",
     "first_place_starts",
+    "follow_up",
     "image_sizes",
     "image_sizes_like",
     "image_sizes_rest",
@@ -156,6 +157,18 @@ def published_runs() -> pd.DataFrame:
     checked: `recompute.prediction_runs` scores those runs whose predictions are at hand.
     """
     return _read("published_runs.csv")
+
+
+def follow_up() -> pd.DataFrame:
+    """How those models rank the right label of each photograph, two by two: what their differences are made of.
+
+    Columns run, file, other, other_file, and a row for each rank of the first model (1 to 5, "none" where the right
+    label is not among its five guesses): how many photographs the second has at rank 1, 2, 3, 4, 5, none. Counted in
+    the predictions that the report's authors published on the branches of their repository, henriquesimoes/humpback;
+    `recompute.follow_up` counts again those that are at hand. Each model is compared with others on the same file,
+    and with itself on the hard photographs after training on the other list.
+    """
+    return _read("follow_up.csv", dtype={"rank": str})
 
 
 def facts() -> pd.DataFrame:

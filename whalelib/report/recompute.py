@@ -511,11 +511,34 @@ def find_predictions(reference: Path) -> list[Path]:
     return sorted(name for name in names if re.fullmatch(r"(test|hard)\d+", name.name))
 
 
-def score_predictions(reference: Path, name: Path) -> dict:
-    """Score one prediction file beside the score published with it.
+def read_predictions(reference: Path, name: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Read one prediction file and the right labels of its photographs.
 
     The digit in the name says which training list the model saw: `hardN` is the hard set for a model trained
-    on test#N's list. Whales that this list does not show are relabelled `new_whale` before scoring.
+    on test#N's list. Whales that this list does not show are relabelled `new_whale`.
+
+    Returns:
+        The N photographs' names, (N, 5) guesses, (N,) labels, and (N,) labels as the model can name them.
+
+    Raises:
+        FileNotFoundError: no predictions of this name.
+        ValueError: photographs other than those of the set.
+    """
+    reference, name = Path(reference), Path(name)
+    kind, number = name.name[:4], name.name[4:]
+    sets = reference / "curation" / "sets"
+    labels = read_submission(sets / f"test#{number}" / "test.csv" if kind == "test" else sets / "hard.csv")
+    known = read_submission(sets / f"test#{number}" / "train.csv")["Id"]
+    predictions = read_submission(name.with_suffix(".csv"))
+    if sorted(predictions["Image"]) != sorted(labels["Image"]):
+        raise ValueError(f"{name}.csv: not the photographs of the {kind} set")
+    images, guesses = metrics.parse_predictions(predictions)
+    truth = labels.set_index("Image")["Id"].loc[images].to_numpy(dtype=object)
+    return images, guesses, truth, metrics.relabel_unseen(truth, known)
+
+
+def score_predictions(reference: Path, name: Path) -> dict:
+    """Score one prediction file, as `read_predictions` reads it, beside the score published with it.
 
     Returns:
         run, file, rows, relabelled (right labels changed), MAP@5, Top@1, Top@3, Top@5, the same followed by
@@ -526,18 +549,9 @@ def score_predictions(reference: Path, name: Path) -> dict:
         ValueError: photographs other than those of the set, or a score that cannot be read.
     """
     reference, name = Path(reference), Path(name)
-    kind, number = name.name[:4], name.name[4:]
-    sets = reference / "curation" / "sets"
-    labels = read_submission(sets / f"test#{number}" / "test.csv" if kind == "test" else sets / "hard.csv")
-    known = read_submission(sets / f"test#{number}" / "train.csv")["Id"]
-    predictions = read_submission(name.with_suffix(".csv"))
-    if sorted(predictions["Image"]) != sorted(labels["Image"]):
-        raise ValueError(f"{name}.csv: not the photographs of the {kind} set")
+    images, guesses, truth, seen = read_predictions(reference, name)
     text = name.with_suffix(".md").read_text(encoding="utf-8")
     published = dict(re.findall(r"(MAP@5|Top@\d):\s*([\d.]+)", text))
-    images, guesses = metrics.parse_predictions(predictions)
-    truth = labels.set_index("Image")["Id"].loc[images].to_numpy(dtype=object)
-    seen = metrics.relabel_unseen(truth, known)
     scores = {"MAP@5": metrics.map_at_k(guesses, seen)}
     scores |= {f"Top@{k}": metrics.top_k_accuracy(guesses, seen, k) for k in (1, 3, 5)}
     if set(published) != set(scores):
@@ -546,7 +560,7 @@ def score_predictions(reference: Path, name: Path) -> dict:
     return {
         "run": name.parent.relative_to(reference / "predictions").as_posix(),
         "file": name.name,
-        "rows": len(predictions),
+        "rows": len(images),
         "relabelled": int((seen != truth).sum()),
         **scores,
         **{f"{score} published": float(published[score]) for score in scores},
@@ -560,6 +574,52 @@ def prediction_runs(reference: Path) -> pd.DataFrame:
     if not names:
         raise FileNotFoundError(f"{Path(reference) / 'predictions'}: no testN.csv or hardN.csv in any folder")
     return pd.DataFrame([score_predictions(reference, name) for name in names])
+
+
+COMPARED = (
+    ("1st-solution", "2nd-solution"),
+    ("3rd-solution", "2nd-solution"),
+    ("gcn", "2nd-solution"),
+    ("lcn", "2nd-solution"),
+    ("no-cn", "2nd-solution"),
+    ("swa, best validation", "2nd-solution"),
+    ("swa, epoch 100", "2nd-solution"),
+    ("gcn", "no-cn"),
+    ("lcn", "no-cn"),
+    ("lcn", "gcn"),
+    ("swa, best validation", "no-cn"),
+    ("swa, best validation", "gcn"),
+    ("swa, best validation", "lcn"),
+    ("swa, epoch 100", "swa, best validation"),
+)
+"""Runs of `report.published_runs` that `follow_up` compares, photograph by photograph."""
+
+
+def follow_up(reference: Path) -> pd.DataFrame:
+    """The columns of `whalelib.report.follow_up`, of those runs whose predictions are found."""
+    at_hand = {(name.parent.name, name.name): name for name in find_predictions(reference)}
+    files = ("test1", "test2", "hard1", "hard2")
+    pairs = [((run, file), (other, file)) for run, other in COMPARED for file in files]
+    pairs += [((run, "hard2"), (run, "hard1")) for run in sorted({*sum(COMPARED, ())})]
+    ranks, tables = {name: _ranks(reference, at_hand[name]) for name in at_hand}, []
+    for one, other in pairs:
+        if one in ranks and other in ranks:
+            counts = pd.crosstab(ranks[one], ranks[other].loc[ranks[one].index])
+            counts = counts.reindex(range(1, 7), fill_value=0).reindex(columns=range(1, 7), fill_value=0)
+            table = counts.set_axis([*"12345", "none"], axis=1).reset_index(drop=True)
+            table.insert(0, "rank", [*"12345", "none"])
+            keys = dict(zip(("run", "file", "other", "other_file"), (*one, *other), strict=True))
+            tables.append(pd.DataFrame([keys] * 6).join(table))
+    if not tables:
+        raise FileNotFoundError(f"{Path(reference) / 'predictions'}: no two runs to compare")
+    return pd.concat(tables, ignore_index=True)
+
+
+def _ranks(reference: Path, name: Path) -> pd.Series:
+    """Return the rank of the right label by photograph, 6 where it is not among the five guesses."""
+    images, guesses, _, seen = read_predictions(reference, name)
+    points = metrics.average_precision_at_k(guesses, seen)
+    return pd.Series(np.where(points > 0, np.round(1 / np.maximum(points, 0.2)), 6).astype(int), index=images)
 
 
 def _photographs(sizes: pd.DataFrame) -> list[pd.Series]:
