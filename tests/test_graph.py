@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from whalelib import graph, paper
-from whalelib.graph import GraphError, Local, Task, execute, in_order, keys, kept, marker
+from whalelib.graph import GraphError, Local, Task, execute, in_order, kept, keys, marker
 from whalelib.losses import cross_entropy
 from whalelib.recipes import first, third
 from whalelib.run import Settings
