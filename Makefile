@@ -19,19 +19,17 @@ VENV = .venv
 BUILD = build
 # `make ledger` with uncommitted changes: the rows' commit is marked +dirty.
 ALLOW_DIRTY =
-# Full-size runs: which (`make paper-list`; several, parted by spaces), which fold of a detector, how many steps of a
-# trial, and on what (local or ray).
+# Full-size runs: which (`make paper-list`; several, parted by spaces), which folds of a detector, how many steps of a
+# trial.
 MODEL =
 FOLD =
 STEPS =
-ENGINE = local
 # A submission, what to say of it, and SEND=1 to send it.
 FILE =
 MESSAGE =
 SEND =
 
-KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD STEPS ENGINE FILE MESSAGE SEND \
-	WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE
+KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD STEPS FILE MESSAGE SEND WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE WHALE_WEIGHTS
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
 ifneq ($(UNKNOWN),)
@@ -40,9 +38,12 @@ endif
 ifneq ($(filter-out 1,$(ALLOW_DIRTY)),)
 $(error ALLOW_DIRTY = $(ALLOW_DIRTY): leave it empty or give 1)
 endif
+ifneq ($(filter-out 1,$(SEND)),)
+$(error SEND = $(SEND): leave it empty or give 1)
+endif
 
 # Exported, so that recipes can quote them whatever characters they hold.
-export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD STEPS ENGINE FILE MESSAGE
+export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD STEPS FILE MESSAGE
 ifneq ($(WHALE_REFERENCE),)
 REFERENCE := $(shell cd '$(WHALE_REFERENCE)' 2>/dev/null && pwd)
 ifeq ($(REFERENCE),)
@@ -69,8 +70,8 @@ help:
 	@echo 'make data      fetch the contest with the client of Kaggle into data/kaggle/'
 	@echo 'make weights   fetch the ImageNet weights of the published networks into data/weights/'
 	@echo 'make paper-list   list the full-size runs: size, batch, epochs, hours'
-	@echo 'make paper     train full-size runs: MODEL="4.2/a 5.2/*" FOLD=0 STEPS=2 (a trial) ENGINE=ray'
-	@echo 'make submit    check FILE=submission.csv and show what would be sent; SEND=1 sends it'
+	@echo 'make paper     train full-size runs, or try them'
+	@echo 'make submit    check a submission and show what would be sent, or send it'
 	@echo 'make clean     remove build/ and the caches (the environment and the data stay)'
 	@echo
 	@echo 'Parameters of course, figures and ledger, with their defaults:'
@@ -85,6 +86,12 @@ help:
 	@echo '  BUILD=build             where executed notebooks, pages and results go'
 	@echo '  VENV=.venv              the Python environment; made when missing'
 	@echo '  ALLOW_DIRTY=1           ledger only: enter values of code that is not committed'
+	@echo '  MODEL="4.2/a 5.2/*"     paper: these runs of make paper-list (default: all)'
+	@echo '  FOLD=0                  paper: these folds of the landmark detectors'
+	@echo '  STEPS=2                 paper: a trial of so many steps, which keeps nothing'
+	@echo '  FILE=submission.csv     submit: what to check'
+	@echo '  MESSAGE="first try"     submit: what Kaggle shows beside it'
+	@echo '  SEND=1                  submit: send it, in place of showing what would be sent'
 
 # ---- the environment: made once, brought up to date when pyproject.toml, constraints.txt or the place changes
 STAMP = $(VENV)/.whalelib
@@ -119,7 +126,8 @@ data: install
 	@$(PYTHON) -m whalelib.data.kaggle fetch
 
 submit: install
-	@$(PYTHON) -m whalelib.data.kaggle submit "$$FILE" --message "$$MESSAGE" $(if $(filter 1,$(SEND)),--send)
+	@if [ -z "$$FILE" ]; then echo 'Which file? make submit FILE=submission.csv' >&2; exit 2; fi; \
+	$(PYTHON) -m whalelib.data.kaggle submit "$$FILE" --message "$$MESSAGE" $(if $(filter 1,$(SEND)),--send)
 
 weights: install
 	@$(PYTHON) -m whalelib.weights
@@ -129,7 +137,7 @@ paper-list: install
 
 paper: install
 	@$(PYTHON) -m whalelib.paper run --data "$$DATA" --edition "$$EDITION" --seed "$$SEED" --device "$$DEVICE" \
-	  $(if $(MODEL),--model $(MODEL)) $(if $(FOLD),--fold $(FOLD)) $(if $(STEPS),--steps $(STEPS))
+	  $(if $(MODEL),--model "$$MODEL") $(if $(FOLD),--fold "$$FOLD") $(if $(STEPS),--steps "$$STEPS")
 
 course: install
 	@$(PYTHON) -m whalelib.course run $(CHOICE) --jobs "$$JOBS"
