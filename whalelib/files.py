@@ -23,7 +23,8 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a disk that is full doesn't say for which file
+        if error.errno and not error.filename:  # a disk that is full doesn't say for which file
+            error.filename = str(path)
         raise
     finally:
         if part.is_dir():
