@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -313,9 +314,17 @@ def dies_always():
 
 
 @pytest.fixture(scope="module")
-def two_machines():
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def two_machines(monkeypatch_module):
     """A Ray cluster of two nodes with one core each, on this machine."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in own.items():
+        monkeypatch_module.setenv(name, value)
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster  # noqa: PLC0415
 

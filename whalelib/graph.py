@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from typing import Protocol
 import pandas as pd
 import torch
 
-from whalelib import paper
+from whalelib import paper, weights
 from whalelib.contest import Contest, ContestError, write_submission
 from whalelib.data import Catalog, open_catalog
 from whalelib.data.catalog import CatalogError
@@ -217,13 +218,15 @@ class Ray:
     """
 
     def __init__(self, retries: int = RETRIES):
+        address = os.environ.get("RAY_ADDRESS")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if not address:  # Ray would write one into the home folder
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         try:
             import ray  # noqa: PLC0415 - optional
         except ImportError as error:
             raise GraphError("the engine ray needs Ray: pip install -e '.[cluster]'") from error
         self.ray, self.retries, self._running = ray, retries, {}
-        address = os.environ.get("RAY_ADDRESS")
         if not ray.is_initialized():
             here = {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
             try:
@@ -384,8 +387,11 @@ def plan(
     return in_order(tasks)
 
 
-def _given(row: paper.Row) -> bool:
-    return bool(os.environ.get(row.weights))
+def _given(row: paper.Row) -> str:
+    """Return the file of ImageNet weights that a row's network starts from, "" without any."""
+    if row.network in weights.NAMES:
+        return str(weights.found(row.network) or "")
+    return os.environ.get(weights.variable(row.network), "")
 
 
 def _shared(name: str, settings: Settings, extra: str | None, gpus: int) -> tuple[str, ...]:
@@ -461,8 +467,8 @@ def answer(name: str, networks: Sequence[str], settings: Settings, extra: str | 
     if recipe == "first":
         given = first.answer(trained[0])
     elif recipe == "second":
-        weights = [second.MODELS[row.name.partition("/")[2]][3] for row in rows]
-        given = second.answer(trained, weights=weights)
+        votes = [second.MODELS[row.name.partition("/")[2]][3] for row in rows]
+        given = second.answer(trained, weights=votes)
     else:
         given = third.answer(trained)
     images = trained[0].parts.queries.table["image"]

@@ -81,11 +81,6 @@ class Row:
         pseudo = self.recipe == "second" and self.choices.pseudo
         return ("4.2/a",) if pseudo else ()
 
-    @property
-    def weights(self) -> str:
-        """The environment's variable that names the file of ImageNet weights of the network."""
-        return f"WHALE_{self.network.upper()}"
-
 
 def hours_of(text: str) -> float:
     """Return the hours of a time as the report prints it: 31h00, 9h or 11min."""
