@@ -12,24 +12,14 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from pytorch_metric_learning.losses import ArcFaceLoss
 
+from whalelib.bench import one_hot_arcface
 from whalelib.losses import arcface, cosines
 
 BATCH, CLASSES, FEATURES = 64, 10008, 2048
 MARGIN, SCALE = 0.5, 64.0
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def one_hot(rows, weight, labels):
-    """The loss as it is usually written: both normalised, every class's cosine moved, a one-hot mask chooses."""
-    cosine = F.linear(F.normalize(rows), F.normalize(weight))
-    sine = (1 - cosine**2).clamp(1e-9, 1).sqrt()
-    turned = cosine * math.cos(MARGIN) - sine * math.sin(MARGIN)
-    moved = torch.where(cosine > -math.cos(MARGIN), turned, cosine - MARGIN * math.sin(MARGIN))
-    mask = torch.zeros_like(cosine).scatter_(1, labels[:, None], 1)
-    return F.cross_entropy(SCALE * (mask * moved + (1 - mask) * cosine), labels)
 
 
 def peak(run) -> float | None:
@@ -56,7 +46,7 @@ def compare() -> dict[str, dict[str, float | None]]:
     library.W.data = weight.detach().T.contiguous()
     losses = {
         "ours": lambda: arcface(cosines(rows, weight), labels, MARGIN, SCALE),
-        "one-hot": lambda: one_hot(rows, weight, labels),
+        "one-hot": lambda: one_hot_arcface(rows, weight, labels),
         "pytorch-metric-learning": lambda: library(rows, labels),
     }
 

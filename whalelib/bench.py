@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -145,9 +146,17 @@ def training_step(
     row |= {"channels_last": channels_last, "compiled": compiled, "images a second": rate}
     row |= {"TFLOP/s": counter.get_total_flops() * rate / images / 1e12, "loss": value.item()}
     if device == "cuda":
-        row["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        row["GiB"] = peak_memory(device)
         torch.cuda.reset_peak_memory_stats()
     return row
+
+
+def peak_memory(device: str) -> float:
+    """Return the most memory, GiB, that this process had on a CPU, or that torch held on a GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**10 if sys.platform == "darwin" else 1  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 2**20
 
 
 def matrix_peak(device: str = "cpu", bf16: bool = False, seconds: float = 1.0) -> float:
@@ -415,8 +424,10 @@ def lab_step(variant: str, seconds: float = 8.0) -> dict[str, object]:
         return value.item()
 
     first_losses = [step() for _ in range(4)]
-    took = _least(step, seconds, most=10_000, middle=True)
-    return {"variant": variant, "images a second": 32 / took, "losses": first_losses}
+    end, took = time.perf_counter() + seconds, []
+    while len(took) < 3 or time.perf_counter() < end:
+        took.append(_timed(step)[1])
+    return {"variant": variant, "images a second": 32 / float(np.median(took)), "losses": first_losses}
 
 
 def lab_steps() -> list[dict[str, object]]:
@@ -501,13 +512,10 @@ def _timed(function: Callable[[], object]) -> tuple[object, float]:
     return found, time.perf_counter() - began
 
 
-def _least(function: Callable[[], object], seconds: float, most: int = 2_000, middle: bool = False) -> float:
-    """Return the mean seconds of a call, the least of five rounds; or the median call's, for calls that are long."""
+def _least(function: Callable[[], object], seconds: float, most: int = 2_000) -> float:
+    """Return the mean seconds of a call, the least of five rounds."""
     function()
     _, once = _timed(function)
-    if middle:
-        calls = max(3, min(most, int(seconds / max(once, 1e-9))))
-        return float(np.median([_timed(function)[1] for _ in range(calls)]))
     calls = max(1, min(most, int(seconds / 5 / max(once, 1e-9))))
     return min(_timed(lambda: [function() for _ in range(calls)])[1] for _ in range(5)) / calls
 

@@ -38,7 +38,7 @@ from whalelib.data.catalog import CatalogError
 from whalelib.files import locked, replacing
 from whalelib.ledger import ledger_path, project_root, read_rows
 from whalelib.recipes import first, second, third
-from whalelib.run import EDITIONS, PROFILES, Run, Settings, place, sources_hash
+from whalelib.run import EDITIONS, ONLY_SHOWS, PROFILES, Run, Settings, place, sources_hash
 
 RETRIES = 3  # of a task whose process or machine was lost
 OBJECT_STORE = 80_000_000  # bytes: tasks hand each other files' names only
@@ -352,7 +352,7 @@ def plan(
     wanted |= {row.name for row in table.values() if row.recipe in {DETECTOR_OF.get(one) for one in recipes}}
     ours = [row for row in table.values() if row.name in wanted]
 
-    code = sources_hash("course/", "report/", "plots.py", "run.py", "ledger.py", "graph.py")
+    code = sources_hash(*ONLY_SHOWS, "graph.py")
     about = {"settings": {**asdict(settings), "data": ""}, "code": code}
     data = {**about, "data": run.catalog.fingerprint}
     task = partial(Task, gpus=min(gpus, 1), cpus=cpus)

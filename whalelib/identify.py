@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from whalelib.data.layouts import NEW_SHARE
 from whalelib.data.photographs import Photographs
 from whalelib.metrics import GUESSES, NEW_WHALE
-from whalelib.train import keep_memory
+from whalelib.train import evaluating, keep_memory
 
 if TYPE_CHECKING:
     from whalelib.data.catalog import Catalog
@@ -40,16 +40,10 @@ def embed(
         (N, D) float32, rows of length 1.
     """
     keep_memory()
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    model.eval()
-    try:
+    with evaluating(model) as device:
         read = photographs if augmented else photographs.plain()
         loader = tqdm(DataLoader(read, batch_size=batch_size), "Embedding", leave=False)
         rows = [nn.functional.normalize(model.embed(batch["image"].to(device)).float()) for batch in loader]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return torch.cat(rows).cpu().numpy()
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from whalelib.train import evaluating
+
 WAYS = ("cells", "pooled")
 
 
@@ -130,15 +132,12 @@ def _seen(model: nn.Module, layer: nn.Module | None, instead: torch.Tensor | Non
         part.register_forward_hook(lambda _, given, output, name=name: note(name, output))
         for name, part in parts.items()
     ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        yield seen
+        with evaluating(model):
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def heat_share(heat: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

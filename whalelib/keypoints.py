@@ -31,7 +31,7 @@ from whalelib.data.photographs import Photographs, as_tensor
 from whalelib.locate import cache_folder, code_of, looked_at_once, trained_once, weights_hash
 from whalelib.models import LITE0_MEAN, LITE0_STD, lite, second_place_url, without_classifier
 from whalelib.run import Run, Settings
-from whalelib.train import fit, keep_memory, warm_cosine
+from whalelib.train import evaluating, fit, keep_memory, warm_cosine
 
 POINTS = ("left_down", "left_up", "right_down", "right_up")
 COLUMNS = tuple(f"{point}_{axis}" for point in POINTS for axis in "xy")
@@ -547,17 +547,14 @@ def both_views(model: nn.Module, images: np.ndarray, inner: np.ndarray) -> np.nd
         inner: (N, 2) heights and widths of the photographs there.
     """
     keep_memory()
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
     flipped = images.copy()
     for image, (_, width) in zip(flipped, inner, strict=True):
         image[:, :width] = image[:, :width][:, ::-1].copy()
     views = []
-    for view in (images, flipped):
-        seen = torch.from_numpy(view).to(device).permute(0, 3, 1, 2).float() / 255
-        views.append(model(seen)["refined"].float().relu().cpu().numpy())
-    model.train(was_training)
+    with evaluating(model) as device:
+        for view in (images, flipped):
+            seen = torch.from_numpy(view).to(device).permute(0, 3, 1, 2).float() / 255
+            views.append(model(seen)["refined"].float().relu().cpu().numpy())
     plain, mirrored = views
     for total, other, (_, width) in zip(plain, mirrored[:, MIRRORED], inner, strict=True):
         cells = width // STRIDE

@@ -45,7 +45,7 @@ from whalelib.models import (
     second_place_lite,
 )
 from whalelib.run import EDITIONS, Run, Settings
-from whalelib.train import fit, keep_memory, warm_cosine
+from whalelib.train import evaluating, fit, keep_memory, warm_cosine
 
 LANDMARKS = ("left_tip", "notch", "right_tip", "bottom")
 COLUMNS = tuple(f"{name}_{axis}" for name in LANDMARKS for axis in "xy")
@@ -598,11 +598,8 @@ def predict_landmarks(model: nn.Module, catalog: Catalog, side: int, batch_size:
 def _seen(model: nn.Module, images: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return what :func:`best_anchors` says of images (N, H, W, 3) uint8 RGB; the model is left as it was."""
     keep_memory()
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    output = model(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255)
-    model.train(was_training)
+    with evaluating(model) as device:
+        output = model(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255)
     return tuple(part.double().cpu().numpy() for part in best_anchors(output))
 
 

@@ -35,7 +35,7 @@ from whalelib.data.photographs import Photographs
 from whalelib.files import locked, replacing
 from whalelib.models import LITE0_MEAN, LITE0_STD, lite0
 from whalelib.run import Run, Settings, place
-from whalelib.train import fit, keep_memory, load_weights, save_weights, warm_cosine
+from whalelib.train import evaluating, fit, keep_memory, load_weights, save_weights, warm_cosine
 
 __all__ = [
     "MASK_SIZE",
@@ -310,11 +310,8 @@ def probability(model: nn.Module, images: np.ndarray) -> np.ndarray:
     evaluation mode and is left as it was.
     """
     keep_memory()
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    logits = model(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255)
-    model.train(was_training)
+    with evaluating(model) as device:
+        logits = model(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255)
     return F.interpolate(logits.float(), MASK_SIZE, mode="bilinear")[:, 0].sigmoid().cpu().numpy()
 
 

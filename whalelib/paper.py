@@ -7,7 +7,6 @@ how much memory, before days are spent.
 
 import argparse
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 
 from whalelib import bench, keypoints, landmarks, locate, report
@@ -426,17 +424,9 @@ def attempt(row: Row, settings: Settings, steps: int, *, extra: Path | str | Non
                     "whales": known,
                     "losses": [round(loss, 3) for loss in ended.losses],
                     "seconds": ended.seconds / later if later else float("nan"),
-                    "GiB": peak_memory(run.device),
+                    "GiB": bench.peak_memory(run.device),
                 }
     raise RuntimeError(f"{row.name}: the training ended before {steps} steps")
-
-
-def peak_memory(device: str) -> float:
-    """Return the most memory, GiB, that this process had on a CPU, or that torch held on a GPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**10 if sys.platform == "darwin" else 1  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 2**20
 
 
 def summary(row: Row) -> str:

@@ -1,5 +1,6 @@
 """What a notebook runs with: its settings, its data, and the places of what it measures and draws."""
 
+import argparse
 import ast
 import hashlib
 import importlib.metadata
@@ -30,6 +31,7 @@ EDITIONS = ("as_described", "as_shipped")
 DEVICES = ("auto", "cpu", "cuda")
 FIGURE_DPI = 110
 LARGE_FIGURE = 250_000
+ONLY_SHOWS = ("course/", "report/", "plots.py", "run.py", "ledger.py")  # sources no result depends on
 SHOWN_VERSIONS = ("numpy", "pandas", "torch")
 
 
@@ -134,6 +136,16 @@ class Settings:
             f"data {self.public_data}, profile {self.profile}, edition {self.edition}, seed {self.seed}, "
             f"device {self.device}"
         )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add to a command what all have that enter values in the ledger: data, edition, seed, whether code may differ."""
+    parser.add_argument("data", help="world, or a folder with test labels")
+    parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="enter values of code that is not committed"
+    )
 
 
 def figures_folder(settings: Settings) -> Path:
@@ -283,9 +295,7 @@ class Run:
             "key": key,
             "data": self.catalog.fingerprint,
             "settings": {**asdict(self.settings), "data": "", "device": self.device},
-            "code": sources_hash("course/", "report/", "plots.py", "run.py", "ledger.py")
-            if code is None
-            else code,
+            "code": sources_hash(*ONLY_SHOWS) if code is None else code,
         }
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         folder = place("WHALE_CACHE", "data/cache") / f"{name}-{digest}"

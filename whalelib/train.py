@@ -513,6 +513,22 @@ def keep_memory() -> None:
         mallopt(top_pad, 1 << 28)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Put a model into evaluation mode for the block, and leave it as it was.
+
+    Yields:
+        The device where its parameters are; the CPU without any.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class _Meter:
     """Sums of what a step gives, kept on the device: reading them makes the CPU wait for the GPU."""
 

@@ -13,7 +13,7 @@ from whalelib.contest import Contest
 from whalelib.ledger import append_ledger, rows_of
 from whalelib.recipes import first, second, third
 from whalelib.recipes.baseline import Answer
-from whalelib.run import DEVICES, EDITIONS, Run, Settings
+from whalelib.run import DEVICES, Run, Settings, add_run_arguments
 
 WHOLE = "the recipe"
 
@@ -77,12 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m whalelib.recipes.ablation", description=__doc__.split("\n", maxsplit=1)[0]
     )
-    parser.add_argument("data", help="world, or a folder with test labels")
+    add_run_arguments(parser)
     parser.add_argument("--recipes", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=DEVICES, default=DEVICES[0])
-    parser.add_argument("--allow-dirty", action="store_true", help="of code that is not committed")
     chosen = parser.parse_args(arguments)
     settings = Settings(chosen.data, edition=chosen.edition, seed=chosen.seed, device=chosen.device)
     run = Run("06_02", settings)

@@ -21,15 +21,11 @@ from whalelib.ledger import append_ledger, rows_of
 from whalelib.metrics import average_precision_at_k, bootstrap_interval
 from whalelib.recipes import baseline, first, second, third
 from whalelib.recipes.baseline import Answer
-from whalelib.run import DEVICES, EDITIONS, Run, Settings
+from whalelib.run import DEVICES, Run, Settings, add_run_arguments
 
 WAYS = {"baseline": ("neighbours",), "first": first.BY, "second": second.BY, "third": third.BY}
-SIZES = {
-    "1": (1, 1),
-    "2": (2, 2),
-    "3 to 5": (3, 5),
-    "6 and more": (6, np.inf),
-}  # training photographs of a whale
+# Training photographs of a whale, fewest and most.
+SIZES = {"1": (1, 1), "2": (2, 2), "3 to 5": (3, 5), "6 and more": (6, np.inf)}
 
 
 @dataclass(frozen=True)
@@ -154,13 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m whalelib.recipes.compare", description=__doc__.split("\n", maxsplit=1)[0]
     )
-    parser.add_argument("data", help="world, or a folder with test labels")
+    add_run_arguments(parser)
     parser.add_argument("--recipes", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--images", type=float, default=1.0, help="times the budget")
-    parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=DEVICES, default=DEVICES[0])
-    parser.add_argument("--allow-dirty", action="store_true", help="of code that is not committed")
     chosen = parser.parse_args(arguments)
     started = time.monotonic()
     settings = Settings(chosen.data, edition=chosen.edition, seed=chosen.seed, device=chosen.device)

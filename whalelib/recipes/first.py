@@ -41,7 +41,7 @@ from whalelib.models import SENET154_MEAN, SENET154_STD, FirstPlace, senet154
 from whalelib.recipes import baseline
 from whalelib.recipes.baseline import Answer
 from whalelib.run import Run
-from whalelib.train import fit, load_best, load_weights, save_weights
+from whalelib.train import evaluating, fit, load_best, load_weights, save_weights
 
 SIZES = baseline.SIZES
 BATCH = {"lab": 6, "paper": 12}  # quadruplets, of four images each
@@ -140,15 +140,11 @@ def both_probabilities(
         photographs: Q of them.
         batch_size: at a time.
     """
-    device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     rows = []
-    for batch in tqdm(DataLoader(photographs.plain(), batch_size=batch_size), "Naming", leave=False):
-        images = batch["image"].to(device)
-        rows.append(whales_of(*(model(x)["logits"].float().sigmoid() for x in (images, images.flip(-1)))))
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(model) as device:
+        for batch in tqdm(DataLoader(photographs.plain(), batch_size=batch_size), "Naming", leave=False):
+            images = batch["image"].to(device)
+            rows.append(whales_of(*(model(x)["logits"].float().sigmoid() for x in (images, images.flip(-1)))))
     return torch.cat(rows, 1).cpu().numpy()
 
 
@@ -277,9 +273,8 @@ def trained_or_kept(model: torch.nn.Module, folder: Path, train: Callable[[], pd
         train: trains the model and returns the history.
     """
     log = folder / "history.csv"
-    together = (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1
-    )  # processes that train one network wait for each other
+    # Processes that train one network wait for each other: none may keep the others out.
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with nullcontext() if together else locked(folder):
         if not log.exists():
             history = train()

@@ -8,7 +8,6 @@ are random, and so are the weights.
 
 import argparse
 import json
-import resource
 import sys
 import time
 import warnings
@@ -16,6 +15,7 @@ from functools import partial
 
 import torch
 
+from whalelib.bench import peak_memory
 from whalelib.ledger import append_ledger, rows_of
 from whalelib.models import SECOND_PLACE_BACKBONES, count_parameters
 from whalelib.recipes import first, second
@@ -86,13 +86,10 @@ def full_step(
     )
     history["processor"] = history["processor"].diff()
     row = history.iloc[-1].drop(["epoch", "steps", "lr", "MAP@5"]).to_dict()
-    on_gpu = next(model.parameters()).is_cuda
-    unit = 2**10 if sys.platform == "darwin" else 1  # bytes there, KiB elsewhere
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 2**20
     return row | {
         "images a second": 4 * groups / row["seconds"],
         "parameters": count_parameters(model),
-        "memory": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else process,
+        "memory": peak_memory(next(model.parameters()).device.type),
     }
 
 

@@ -24,7 +24,7 @@ from whalelib.ledger import append_ledger, rows_of
 from whalelib.losses import cross_entropy, euclidean, triplet
 from whalelib.models import FirstPlace, SecondPlace, ThirdPlace
 from whalelib.recipes import baseline, first, second, third
-from whalelib.run import EDITIONS, Run, Settings
+from whalelib.run import Run, Settings, add_run_arguments
 from whalelib.train import fit
 
 SIZE = (64, 128)
@@ -234,13 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m whalelib.recipes.ladder", description=__doc__.split("\n", maxsplit=1)[0]
     )
     parser.add_argument("recipe", choices=RUNGS)
-    parser.add_argument("data", help="world, or a folder with test labels")
-    parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
-    parser.add_argument("--seed", type=int, default=0)
+    add_run_arguments(parser)
     parser.add_argument("--rungs", type=int, nargs="+", help="from 0; default all")
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="enter values of code that is not committed"
-    )
     chosen = parser.parse_args(arguments)
     started = time.monotonic()
     run = Run(NOTEBOOKS[chosen.recipe], Settings(data=chosen.data, edition=chosen.edition, seed=chosen.seed))

@@ -41,7 +41,7 @@ from whalelib.models import (
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import BY, Parts
-from whalelib.run import EDITIONS, Run, Settings
+from whalelib.run import Run, Settings, add_run_arguments
 from whalelib.train import fit, load_best
 
 SIZES = {"lab": ((96, 192), (96, 96)), "paper": ((256, 512), (512, 512))}  # (H, W); the first is the default
@@ -365,13 +365,8 @@ def files(network: first.Trained) -> pd.DataFrame:
 def main(arguments: list[str] | None = None) -> int:
     """Train some of Table 4.2's ten networks; keep their files, and their scores in the ledger."""
     parser = argparse.ArgumentParser(prog="python -m whalelib.recipes.second", description=main.__doc__)
-    parser.add_argument("data", help="world, or a folder with test labels")
+    add_run_arguments(parser)
     parser.add_argument("--models", default="".join(MODELS), help="their letters (default: all)")
-    parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="keep values of code that is not committed"
-    )
     chosen = parser.parse_args(arguments)
     run = Run("04_16", Settings(data=chosen.data, edition=chosen.edition, seed=chosen.seed))
     contest = Contest.open(run.catalog)

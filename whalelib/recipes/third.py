@@ -51,7 +51,7 @@ from whalelib.models import SENET154_MEAN, SENET154_STD, ThirdPlace, densenet121
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import Mirrored
-from whalelib.run import EDITIONS, Run, Settings
+from whalelib.run import Run, Settings, add_run_arguments
 from whalelib.train import average_weights, fit
 
 SIZES = {"lab": (128, 128), "paper": (320, 320)}  # (H, W)
@@ -486,13 +486,8 @@ def _mean(found: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, n
 def main(arguments: list[str] | None = None) -> int:
     """Train some of Table 5.2's networks; enter their scores, and that of all together, in the ledger."""
     parser = argparse.ArgumentParser(prog="python -m whalelib.recipes.third", description=main.__doc__)
-    parser.add_argument("data", help="world, or a folder with test labels")
+    add_run_arguments(parser)
     parser.add_argument("--models", default="1", help="of Table 5.2, such as 123 (default 1)")
-    parser.add_argument("--edition", choices=EDITIONS, default=EDITIONS[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--allow-dirty", action="store_true", help="enter values of code that is not committed"
-    )
     chosen = parser.parse_args(arguments)
     run = Run("05_14", Settings(data=chosen.data, edition=chosen.edition, seed=chosen.seed))
     contest = Contest.open(run.catalog)
