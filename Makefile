@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install course figures ledger refresh lab test clean bench paper-list paper data weights submit
+.PHONY: help install course figures ledger refresh lab test clean bench paper-list paper graph data weights submit
 .NOTPARALLEL:
 
 # Parameters of the notebooks. They are orthogonal; an unknown one, or an unknown value, is an error.
@@ -24,12 +24,14 @@ ALLOW_DIRTY =
 MODEL =
 FOLD =
 STEPS =
+# Who does the tasks of `make graph`: local or ray.
+ENGINE = local
 # A submission, what to say of it, and SEND=1 to send it.
 FILE =
 MESSAGE =
 SEND =
 
-KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD STEPS FILE MESSAGE SEND WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE WHALE_WEIGHTS
+KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD STEPS ENGINE FILE MESSAGE SEND WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE WHALE_WEIGHTS
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
 ifneq ($(UNKNOWN),)
@@ -43,7 +45,7 @@ $(error SEND = $(SEND): leave it empty or give 1)
 endif
 
 # Exported, so that recipes can quote them whatever characters they hold.
-export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD STEPS FILE MESSAGE
+export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD STEPS ENGINE FILE MESSAGE
 ifneq ($(WHALE_REFERENCE),)
 REFERENCE := $(shell cd '$(WHALE_REFERENCE)' 2>/dev/null && pwd)
 ifeq ($(REFERENCE),)
@@ -71,12 +73,13 @@ help:
 	@echo 'make weights   fetch the ImageNet weights of the published networks into data/weights/'
 	@echo 'make paper-list   list the full-size runs: size, batch, epochs, hours'
 	@echo 'make paper     train full-size runs, or try them'
+	@echo 'make graph     detectors, trainings, answers and their notebooks, on this machine or a Ray cluster'
 	@echo 'make submit    check a submission and show what would be sent, or send it'
 	@echo 'make clean     remove build/ and the caches (the environment and the data stay)'
 	@echo
 	@echo 'Parameters of course, figures and ledger, with their defaults:'
 	@echo '  DATA=world              world:tiny, world:lab, world:competition, kaggle, or the path of a folder or CSV'
-	@echo '  PROFILE=lab             lab (a laptop) or paper (the published sizes)'
+	@echo '  PROFILE=lab             lab (a laptop), small (a laptop, a night) or paper (the published sizes)'
 	@echo '  EDITION=as_described    as_described (the report) or as_shipped (the code of the solutions)'
 	@echo '  SEED=0                  a whole number; for ledger also several: SEED=0,1,2'
 	@echo '  DEVICE=auto             auto, cpu or cuda'
@@ -86,9 +89,10 @@ help:
 	@echo '  BUILD=build             where executed notebooks, pages and results go'
 	@echo '  VENV=.venv              the Python environment; made when missing'
 	@echo '  ALLOW_DIRTY=1           ledger only: enter values of code that is not committed'
-	@echo '  MODEL="4.2/a 5.2/*"     paper: these runs of make paper-list (default: all)'
+	@echo '  MODEL="4.2/a 5.2/*"     paper, graph: these runs of make paper-list (default: all)'
 	@echo '  FOLD=0                  paper: these folds of the landmark detectors'
 	@echo '  STEPS=2                 paper: a trial of so many steps, which keeps nothing'
+	@echo '  ENGINE=local            graph: local, or ray (RAY_ADDRESS: of a cluster; pip install -e .[cluster])'
 	@echo '  FILE=submission.csv     submit: what to check'
 	@echo '  MESSAGE="first try"     submit: what Kaggle shows beside it'
 	@echo '  SEND=1                  submit: send it, in place of showing what would be sent'
@@ -138,6 +142,10 @@ paper-list: install
 paper: install
 	@$(PYTHON) -m whalelib.paper run --data "$$DATA" --edition "$$EDITION" --seed "$$SEED" --device "$$DEVICE" \
 	  $(if $(MODEL),--model "$$MODEL") $(if $(FOLD),--fold "$$FOLD") $(if $(STEPS),--steps "$$STEPS")
+
+graph: install
+	@$(PYTHON) -m whalelib.graph --data "$$DATA" --profile "$$PROFILE" --edition "$$EDITION" --seed "$$SEED" \
+	  --device "$$DEVICE" --engine "$$ENGINE" $(if $(MODEL),--model "$$MODEL")
 
 course: install
 	@$(PYTHON) -m whalelib.course run $(CHOICE) --jobs "$$JOBS"

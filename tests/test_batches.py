@@ -288,3 +288,8 @@ def test_portions_follow_each_other():
         assert len(portions) == len(list(portions)) == 2
         found += list(portions)
     assert found == passes[:8]
+    again = Portions(PxK(labels, 16, new=99, seed=4), 2)  # as after a kill
+    again.set_epoch(3)
+    assert list(again) == passes[6:8]
+    again.set_epoch(1)
+    assert list(again) == passes[2:4]

@@ -53,14 +53,15 @@ def test_a_table_says_on_what_it_was_measured(tmp_path, monkeypatch):
     assert {"processor", "processors", "threads", "torch", "numpy", "date"} <= {*table}
 
 
+@pytest.mark.parametrize("faiss", [False, True])
 @pytest.mark.parametrize(("gallery", "count", "chunk"), [(40, 5, 7), (40, 5, 100), (3, 5, 2)])
-def test_the_nearest_are_found_whatever_the_chunk(gallery, count, chunk):
+def test_the_nearest_are_found_whatever_the_chunk(gallery, count, chunk, faiss):
     rng = np.random.default_rng(0)
     rows = [
         part / np.linalg.norm(part, axis=1, keepdims=True)
         for part in (rng.normal(size=(n, 8)) for n in (6, gallery))
     ]
-    cosines, places = nearest(*rows, count, chunk=chunk)
+    cosines, places = nearest(*rows, count, chunk=chunk, faiss=faiss)
     expected = np.argsort(-(rows[0] @ rows[1].T), axis=1)[:, :count]
     assert places.tolist() == expected.tolist()
     assert np.allclose(cosines, np.take_along_axis(rows[0] @ rows[1].T, expected, 1), atol=1e-6)

@@ -1,13 +1,15 @@
 """The comparison of the solutions, and the ablation: what is counted, and what is left out."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from whalelib.data import NEW_WHALE
-from whalelib.recipes import ablation, compare, first, second, third
+from whalelib.identify import hold_out
+from whalelib.recipes import ablation, baseline, compare, first, second, third
 from whalelib.recipes.baseline import Answer
 from whalelib.run import Run, Settings
 
@@ -41,6 +43,15 @@ def test_without_new_whales_nobody_can_be_rejected():
     answer = Answer(np.array([["a"] + [None] * 4], dtype=object), 0, 0, np.array([[1.0]]), np.array(["a"]))
     found = compare.judged(answer, np.array(["a"], dtype=object), np.array([1]))
     assert np.isnan([found["new"], found["rejection"]]).all()
+
+
+def test_all_see_as_many_images_as_the_baseline_under_every_profile(contest, monkeypatch):
+    assert compare._share(contest, first) == 1
+    large = Run("06_01", replace(contest.settings, profile="paper"))
+    monkeypatch.setattr(first, "parts", lambda run: first.Parts(run.catalog.train, None, None, (8, 8), 0))
+    rest, _ = hold_out(contest.catalog.train)
+    own = first.budget("paper", first.parts(large))
+    assert compare._share(large, first) * own == pytest.approx(baseline.budget("paper", rest))
 
 
 @pytest.fixture

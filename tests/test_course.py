@@ -400,7 +400,7 @@ def test_patterns_choose_in_order(course):
     ("more", "told"),
     [
         (["--notebooks", "09_*"], "no notebook matches '09_*'"),
-        (["--profile", "labs"], "choose one of lab, paper"),
+        (["--profile", "labs"], "choose one of lab, small, paper"),
         (["--edition", "shipped"], "as_shipped"),
         (["--device", "tpu"], "auto, cpu, cuda"),
         (["--seed", "x"], "whole number"),

@@ -342,7 +342,8 @@ REPEATING = [[0, 1, 2, 3], [3, 2, 8, 9], [0, 0, 1, 1]]
 def test_two_processes_take_each_image_of_a_batch_once(trainings, tmp_path, sampler):
     found = trainings(tmp_path / "two", work="shared", processes=2, sampler=sampler)
     assert found["codes"] == [0, 0], found["said"][-1]
-    taken = [[said["images"] for said in found["said"] if said["rank"] == rank] for rank in range(2)]
+    taken = [[said["image"] for said in found["said"] if said["rank"] == rank] for rank in range(2)]
+    taken = [[each[start : start + 2] for start in range(0, len(each), 2)] for each in taken]
     batches = [batch for epoch in range(2) for batch in epoch_batches(34, 4, sampler, seed=0, epoch=epoch)]
     for one, other, batch in zip(*taken, batches, strict=True):
         assert len(one) == len(other) == 2

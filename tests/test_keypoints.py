@@ -251,9 +251,11 @@ def test_training_finds_points(tmp_path):
 
 
 def test_networks_of_the_paper_say_where_their_weights_are(monkeypatch):
-    monkeypatch.delenv("WHALE_SE_RESNEXT50", raising=False)
+    monkeypatch.delenv("WHALE_SE_RESNEXT50_32X4D", raising=False)
     monkeypatch.setattr(keypoints, "fit", lambda *args, **kwargs: pd.DataFrame())
-    with pytest.warns(UserWarning, match=r"se_resnext50_32x4d-a260b3a4\.pth and set WHALE_SE_RESNEXT50"):
+    with pytest.warns(
+        UserWarning, match=r"se_resnext50_32x4d-a260b3a4\.pth and set WHALE_SE_RESNEXT50_32X4D"
+    ):
         keypoints.train_points(
             open_catalog("world:tiny").train, name="se_resnext50", plan=replace(TINY, width=16)
         )

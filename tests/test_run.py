@@ -35,7 +35,7 @@ def rows_of(places, notebook="02_01"):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"profile": "labs"}, "choose one of lab, paper"),
+        ({"profile": "labs"}, "choose one of lab, small, paper"),
         ({"edition": "described"}, "as_described, as_shipped"),
         ({"device": "gpu"}, "auto, cpu, cuda"),
         ({"seed": -1}, "whole number"),

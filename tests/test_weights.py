@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
-from whalelib import models, weights
+from whalelib import keypoints, models, weights
 from whalelib.weights import Source, WeightsError
 
 
@@ -255,6 +255,7 @@ TIMM = {
     "resnet101": "resnet101.tv_in1k",
     "se_resnet101": "legacy_seresnet101",
     "se_resnext101_32x4d": "legacy_seresnext101_32x4d",
+    "se_resnext50_32x4d": "legacy_seresnext50_32x4d",
     "densenet121": "densenet121.tv_in1k",
 }
 
@@ -289,6 +290,9 @@ def backbone(name, path):
     if name == "densenet121":
         network = models.densenet121(path, sha256=sums)
         return lambda images: network.eval()(images).relu()  # timm's map is behind the ReLU
+    if name == "se_resnext50_32x4d":
+        network = keypoints.se_resnext_maps(50, path, sha256=sums).eval()
+        return lambda images: network(0.65 + 0.25 * images)[-1]  # it normalises
     return models.second_place_backbone(name, path, sha256=sums).eval()
 
 

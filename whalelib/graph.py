@@ -31,7 +31,7 @@ from typing import Protocol
 import pandas as pd
 import torch
 
-from whalelib import paper, weights
+from whalelib import keypoints, paper, weights
 from whalelib.contest import Contest, ContestError, write_submission
 from whalelib.data import Catalog, open_catalog
 from whalelib.data.catalog import CatalogError
@@ -389,9 +389,8 @@ def plan(
 
 def _given(row: paper.Row) -> str:
     """Return the file of ImageNet weights that a row's network starts from, "" without any."""
-    if row.network in weights.NAMES:
-        return str(weights.found(row.network) or "")
-    return os.environ.get(weights.variable(row.network), "")
+    name = keypoints.imagenet(row.network) if row.recipe == "keypoints" else row.network
+    return str((name in weights.NAMES and weights.found(name)) or "")
 
 
 def _shared(name: str, settings: Settings, extra: str | None, gpus: int) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ generated world, where they are known, and find them in any photograph. Supplied
 
 import inspect
 import os
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,14 +22,14 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 from tqdm.auto import tqdm
 
-from whalelib import augment, locate
+from whalelib import augment, locate, weights
 from whalelib.data import Catalog, read_image, statistics
 from whalelib.data.images import Box
 from whalelib.data.layouts import BOX, Problems
 from whalelib.data.photographs import Photographs, as_tensor
 from whalelib.locate import cache_folder, code_of, looked_at_once, trained_once, weights_hash
-from whalelib.models import LITE0_MEAN, LITE0_STD, lite, second_place_url, without_classifier
-from whalelib.run import Run, Settings
+from whalelib.models import LITE0_MEAN, LITE0_STD, Sums, lite, second_place_url, without_classifier
+from whalelib.run import Run, Settings, by_profile
 from whalelib.train import evaluating, fit, keep_memory, warm_cosine
 
 POINTS = ("left_down", "left_up", "right_down", "right_up")
@@ -176,7 +175,9 @@ def lite_maps(variant: int = 0, pretrained: bool = True) -> Maps:
     return Maps(network, channels, frozen=("conv_stem", "bn1", "blocks.0", "blocks.1") if pretrained else ())
 
 
-def se_resnext_maps(depth: int = 50, weights: Path | str | None = None, *, seed: int = 0) -> Maps:
+def se_resnext_maps(
+    depth: int = 50, weights: Path | str | None = None, *, sha256: Sums | None = None, seed: int = 0
+) -> Maps:
     """Return the maps of the second solution's SE-ResNeXt-50 or -101 (32x4d), from pretrainedmodels.
 
     Pixels are normalised by .65 and .25, the solution's numbers for its key points.
@@ -184,6 +185,7 @@ def se_resnext_maps(depth: int = 50, weights: Path | str | None = None, *, seed:
     Args:
         depth: 50 or 101.
         weights: path of pretrainedmodels' file; None for random weights.
+        sha256: of that file, or its first digits; default those that its published name ends with.
         seed: of random weights.
 
     Raises:
@@ -199,7 +201,7 @@ def se_resnext_maps(depth: int = 50, weights: Path | str | None = None, *, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = getattr(pretrainedmodels, name)(pretrained=None)
-    without_classifier(network, weights, Path(url).stem.rsplit("-", 1)[1], url)
+    without_classifier(network, weights, sha256 or Path(url).stem.rsplit("-", 1)[1], url)
     return Maps(network, (256, 512, 1024, 2048), mean=0.65, std=0.25)
 
 
@@ -398,21 +400,23 @@ class Plan:
     rate: float
 
 
-PLANS = {
-    "lab": Plan(("lite0", "lite1"), (96, 192), 32, 2_350, 8, 5e-3),
-    "paper": Plan(("se_resnext50", "se_resnext101"), (256, 256), 256, 60_000, 32, 1e-3),
-}
+PLANS = by_profile(
+    Plan(("lite0", "lite1"), (96, 192), 32, 2_350, 8, 5e-3),
+    Plan(("se_resnext50", "se_resnext101"), (256, 256), 256, 60_000, 32, 1e-3),
+)
 
 
-def backbone(name: str, weights: Path | str | None = None, seed: int = 0) -> Maps:
-    """Return a backbone by its name in ``PLANS``; ``weights`` and ``seed`` are of an SE-ResNeXt."""
+def backbone(name: str, file: Path | str | None = None, seed: int = 0) -> Maps:
+    """Return a backbone by its name in ``PLANS``; ``file`` of weights and ``seed`` are of an SE-ResNeXt."""
     if name.startswith("lite"):
         return lite_maps(int(name.removeprefix("lite")))
-    return se_resnext_maps(int(name.removeprefix("se_resnext")), weights, seed=seed)
+    known = weights.known(imagenet(name))
+    return se_resnext_maps(int(name.removeprefix("se_resnext")), file, sha256=known, seed=seed)
 
 
-def _given_weights(name: str) -> str | None:
-    return os.environ.get(f"WHALE_{name.upper()}") or None
+def imagenet(name: str) -> str | None:
+    """Return what ``whalelib.weights`` calls a backbone of ``PLANS``; None of those that bring their weights."""
+    return None if name.startswith("lite") else f"{name}_32x4d"
 
 
 def train_points(
@@ -426,8 +430,8 @@ def train_points(
 ) -> tuple[PointNetwork, pd.DataFrame]:
     """Train a network on photographs with points and return it with its history.
 
-    The environment's WHALE_SE_RESNEXT50 and WHALE_SE_RESNEXT101 are the paths of ImageNet weights; without them a
-    warning says that these networks start from random ones.
+    ImageNet weights are those that :func:`whalelib.weights.found` finds; without them a warning says where to get them,
+    and the network starts from random ones.
 
     Args:
         catalog: photographs of which all have the ``COLUMNS``; see :func:`tips_up`.
@@ -437,17 +441,11 @@ def train_points(
         device: "auto", "cpu" or "cuda".
         folder: for checkpoints; None keeps nothing.
     """
-    weights = _given_weights(name)
-    if not (weights or name.startswith("lite")):
-        warnings.warn(
-            f"{name} starts from random weights: get {second_place_url(f'{name}_32x4d')} and set WHALE_{name.upper()} "
-            "to its path",
-            stacklevel=2,
-        )
+    given = imagenet(name) and weights.pretrained(imagenet(name))
     catalog = replace(catalog, table=tips_up(catalog.table))
     photographs = PointedPhotographs(catalog, plan.size, transform=for_points(plan.size), seed=seed)
     epochs = max(1, round(plan.images / len(photographs)))
-    model = PointNetwork(backbone(name, weights, seed), plan.width, seed)
+    model = PointNetwork(backbone(name, given, seed), plan.width, seed)
     history = fit(
         model,
         photographs,
@@ -477,17 +475,19 @@ def point_models(run: Run) -> list[PointNetwork]:
     """
     plan = PLANS[run.settings.profile]
     world = Run(run.notebook, Settings(data=locate.WORLD, seed=run.settings.seed, device=run.settings.device))
-    return [_point_model(world, name, plan) for name in plan.backbones]
+    return [point_model(world, name, plan) for name in plan.backbones]
 
 
-def _point_model(world: Run, name: str, plan: Plan) -> PointNetwork:
+def point_model(world: Run, name: str, plan: Plan) -> PointNetwork:
+    """Return one of a plan's two networks, trained on the world's training photographs or from the cache."""
     # All that decides the weights: a change elsewhere in the library needs no new training.
     parts = [heat_maps, point_loss, _map_error, Maps, lite_maps, se_resnext_maps, GlobalNet, RefineNet]
     parts += [_bottleneck, PointNetwork, PointedPhotographs, tips_up, moved, for_points, backbone]
     parts += [train_points, _optimizer, augment.for_masks, augment.augmented, lite]
     code = code_of(*parts, *map(inspect.getmodule, (Photographs, read_image, fit)))
     settings = world.settings
-    about = [name, repr(plan), bool(_given_weights(name)), HEIGHT, SIGMA, settings.seed, world.device]
+    given = imagenet(name) and weights.found(imagenet(name))
+    about = [name, repr(plan), bool(given), HEIGHT, SIGMA, settings.seed, world.device]
     folder = cache_folder("keypoints", world.catalog.train.fingerprint, code, *about)
     training = partial(
         train_points, name=name, plan=plan, seed=settings.seed, device=world.device, folder=folder

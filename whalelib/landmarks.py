@@ -8,7 +8,6 @@ known. Supplied landmarks and boxes take precedence.
 
 import inspect
 import os
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from whalelib import augment, keypoints, locate
+from whalelib import augment, keypoints, locate, weights
 from whalelib.data import Catalog, read_image, statistics
 from whalelib.data.catalog import refusal
 from whalelib.data.layouts import BOX, Folder, Problems, annotations, read_lines
@@ -34,7 +33,6 @@ from whalelib.data.world.photograph import LANDMARKS as TEN
 from whalelib.locate import cache_folder, code_of, looked_at_once, trained_once, weights_hash
 from whalelib.metrics import box_iou
 from whalelib.models import (
-    DENSENET121_URL,
     LITE0_MEAN,
     LITE0_STD,
     SENET154_MEAN,
@@ -44,7 +42,7 @@ from whalelib.models import (
     densenet121,
     second_place_lite,
 )
-from whalelib.run import EDITIONS, Run, Settings
+from whalelib.run import EDITIONS, Run, Settings, by_profile
 from whalelib.train import evaluating, fit, keep_memory, warm_cosine
 
 LANDMARKS = ("left_tip", "notch", "right_tip", "bottom")
@@ -383,19 +381,19 @@ class Plan:
     milestones: tuple[float, ...] = ()
 
 
-PLANS = {
-    "lab": Plan("lite0", 160, 5, 3_500, 8, 3e-3, 1),
+PLANS = by_profile(
+    Plan("lite0", 160, 5, 3_500, 8, 3e-3, 1),
     # 3,500 epochs of 665 photographs
-    "paper": Plan("densenet121", 288, 9, 2_327_500, 16, 5e-4, FOLDS, (1500 / 3500, 2500 / 3500, 3000 / 3500)),
-}
+    Plan("densenet121", 288, 9, 2_327_500, 16, 5e-4, FOLDS, (1500 / 3500, 2500 / 3500, 3000 / 3500)),
+)
 
 
-def network(plan: Plan, weights: Path | str | None = None, seed: int = 0) -> LandmarkNetwork:
-    """Return a plan's network, untrained but for its backbone's ``weights`` (of a DenseNet)."""
+def network(plan: Plan, file: Path | str | None = None, seed: int = 0) -> LandmarkNetwork:
+    """Return a plan's network, untrained but for its backbone's weights: ``file`` is of a DenseNet's."""
     if plan.backbone.startswith("lite"):
         backbone = second_place_lite(int(plan.backbone.removeprefix("lite")))
         return LandmarkNetwork(backbone, plan.grid, seed=seed)
-    backbone = densenet121(weights, seed=seed)
+    backbone = densenet121(file, sha256=weights.known(plan.backbone), seed=seed)
     return LandmarkNetwork(backbone, plan.grid, mean=SENET154_MEAN, std=SENET154_STD, seed=seed)
 
 
@@ -437,17 +435,15 @@ def train_landmarks(
     if fold not in range(FOLDS):
         raise ValueError(f"fold = {fold!r}: choose 0 to {FOLDS - 1}")
     _check_edition(edition)
-    weights = keypoints._given_weights(plan.backbone)
-    if not (weights or plan.backbone.startswith("lite")):
-        what = f"DenseNet-121 starts from random weights: get {DENSENET121_URL} and set WHALE_DENSENET121 to its path"
-        warnings.warn(what, stacklevel=2)
+    lite = plan.backbone.startswith("lite")
+    given = None if lite else weights.pretrained(plan.backbone)
     out = fold_numbers(len(catalog), seed) == fold
     size = (plan.side, plan.side)
     photographs = MarkedPhotographs(
         catalog.where(~out), size, transform=keypoints.for_points(size), seed=seed
     )
     epochs = max(1, round(plan.images / len(photographs)))
-    model = network(plan, weights, seed)
+    model = network(plan, given, seed)
     history = fit(
         model,
         photographs,
@@ -504,7 +500,7 @@ def landmark_models(run: Run, folds: int | None = None) -> list[LandmarkNetwork]
     Raises:
         ValueError: fewer than 1 or more than ``FOLDS``.
     """
-    return [_landmark_model(run, fold) for fold in range(_count(run, folds))]
+    return [landmark_model(run, fold) for fold in range(_count(run, folds))]
 
 
 def histories(run: Run, folds: int | None = None) -> list[pd.DataFrame]:
@@ -541,12 +537,13 @@ def _fold_folder(run: Run, fold: int) -> tuple[Run, Path]:
     parts += [_centred, _optimizer, _rate, keypoints.points_box, keypoints.for_points]
     parts += [augment.for_masks, augment.augmented]
     code = code_of(*parts, *map(inspect.getmodule, (Photographs, read_image, fit)))
-    given = bool(keypoints._given_weights(plan.backbone))
+    given = not plan.backbone.startswith("lite") and bool(weights.found(plan.backbone))
     about = [fold, repr(plan), given, settings.edition, settings.seed, world.device]
     return world, cache_folder("landmark-network", world.catalog.train.fingerprint, code, *about)
 
 
-def _landmark_model(run: Run, fold: int) -> LandmarkNetwork:
+def landmark_model(run: Run, fold: int) -> LandmarkNetwork:
+    """Return the network of a fold, trained on the world's training photographs or from the cache."""
     world, folder = _fold_folder(run, fold)
     plan, settings = PLANS[run.settings.profile], run.settings
     training = partial(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ import pandas as pd
 from PIL import Image
 
 from whalelib import bench, keypoints, landmarks, locate, report
-from whalelib.data import Catalog, open_catalog, statistics
+from whalelib.data import NEW_WHALE, Catalog, open_catalog, statistics
 from whalelib.data.catalog import CatalogError
 from whalelib.data.layouts import BOX
-from whalelib.data.statistics import _cache_key
+from whalelib.data.statistics import cache_key
 from whalelib.files import replacing
+from whalelib.identify import hold_out, pair_split
 from whalelib.ledger import project_root
 from whalelib.recipes import baseline, first, second, third
 from whalelib.run import EDITIONS, PROFILES, Run, Settings, place
@@ -88,15 +90,31 @@ def hours_of(text: str) -> float:
     return int(found["hours"] or 0) + int(found["minutes"] or 0) / 60
 
 
-def budget(profile: str) -> int:
-    """Return how many images a recipe shows of the contest's photographs, as `baseline.epochs` says.
-
-    A tenth of the photographs of known whales is held out (`identify.hold_out`).
-    """
+@cache
+def contest() -> Catalog:
+    """Return a catalog of as many photographs of as many whales as the contest's training set, of which none exists."""
     sizes = report.class_sizes()
-    known = int((sizes["photographs"] * sizes["whales"]).sum())
-    kept = known - round(0.1 * known)
-    return baseline.epochs(profile, kept) * kept
+    each = np.repeat(sizes["photographs"], sizes["whales"])
+    strangers = int(report.facts().loc["photographs of new_whale", "train"])
+    whales = np.repeat([f"w_{number:04}" for number in range(len(each))], each)
+    identity = np.concatenate([whales, np.repeat(NEW_WHALE, strangers)])
+    names = [f"{number:05}.jpg" for number in range(len(identity))]
+    paths = [str(Path("/", name)) for name in names]
+    columns = {"image": names, "identity": identity, "path": paths, "split": "train"}
+    return Catalog("the contest", Path(), pd.DataFrame(columns), pd.DataFrame())
+
+
+@cache
+def budget(profile: str, recipe: str) -> int:
+    """Return how many images a recipe's network sees of the contest's photographs."""
+    if recipe == "third":
+        rest, held = pair_split(contest())
+        gallery = baseline.named(contest())
+        parts = third.Parts(rest, held, gallery, held, held, (0, 0), (0, 0), EDITIONS[0], 0)
+    else:
+        rest, held = hold_out(contest(), new=0.25)
+        parts = first.Parts(rest, held, held, (0, 0), 0)
+    return RECIPES[recipe].budget(profile, parts)
 
 
 def rows(profile: str = "paper") -> tuple[Row, ...]:
@@ -132,7 +150,7 @@ def _first(profile: str) -> list[Row]:
                 network,
                 first.SIZES[profile],
                 4 * first.BATCH[profile],
-                budget(profile),
+                budget(profile, "first"),
                 choices=first.Choices(),
                 extra=number == 2,
                 hours=sum(map(hours_of, times)),
@@ -156,7 +174,7 @@ def _second(profile: str) -> list[Row]:
                 choices.backbone,
                 choices.size,
                 second.BATCH[profile],
-                budget(profile),
+                budget(profile, "second"),
                 second.EPOCHS if profile == "paper" else 20,
                 choices,
                 hours=hours_of(table.loc[model, "Training time"]),
@@ -170,14 +188,11 @@ def _second(profile: str) -> list[Row]:
 def _third(profile: str) -> list[Row]:
     network = "densenet121" if profile == "paper" else "lite0"
     then = 500 * 2 * int(report.chapter5_facts()["training photographs"])  # section 5.6; and mirrored
-    common = (network, third.SIZES[profile], third.BATCH, budget(profile), third.EPOCHS[profile])
+    common = (network, third.SIZES[profile], third.BATCH, budget(profile, "third"), third.EPOCHS[profile])
     return [
         Row(f"5.2/{model}", "third", *common, third.Choices(model), batch_then=96, images_then=then)
         for model in third.MODELS
     ]
-
-
-RUNS = rows()
 
 
 def images_a_second(network: str, size: tuple[int, int]) -> float:
@@ -353,7 +368,7 @@ def marked(catalog: Catalog, folder: Path) -> Catalog:
         f"masks {masks.notna().sum():,}; landmarks {(~unmarked).sum():,}"
     )
     # What was measured of the photographs holds for them under their new root too.
-    old, new = (folder / f"statistics-{_cache_key(each)}.csv" for each in (catalog.root, root))
+    old, new = (folder / f"statistics-{cache_key(each)}.csv" for each in (catalog.root, root))
     if old.exists():
         shutil.copy(old, new)
     return replace(catalog, table=table, root=root)  # no longer a world, whose truth is never supplied
@@ -368,12 +383,12 @@ def trained(row: Row, run: Run):
     if row.recipe in RECIPES:
         return RECIPES[row.recipe].trained(run, row.choices)
     if row.recipe == "landmarks":
-        return landmarks._landmark_model(run, row.part)
+        return landmarks.landmark_model(run, row.part)
     if row.recipe == "keypoints":
         world = Run(
             run.notebook, Settings(data=locate.WORLD, seed=run.settings.seed, device=run.settings.device)
         )
-        return keypoints._point_model(world, row.part, keypoints.PLANS[run.settings.profile])
+        return keypoints.point_model(world, row.part, keypoints.PLANS[run.settings.profile])
     return locate.mask_model(run)
 
 

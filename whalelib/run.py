@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from whalelib.data import Catalog
 
-PROFILES = ("lab", "paper")
+PROFILES = ("lab", "small", "paper")
 EDITIONS = ("as_described", "as_shipped")
 DEVICES = ("auto", "cpu", "cuda")
 FIGURE_DPI = 110
@@ -38,6 +38,11 @@ SHOWN_VERSIONS = ("numpy", "pandas", "torch")
 def place(variable: str, default: str) -> Path:
     """Return the folder that an environment variable names, else ``default``, relative to the project."""
     return project_root() / (os.environ.get(variable) or default)
+
+
+def by_profile(lab: object, paper: object, small: object = None) -> dict[str, object]:
+    """Return what each of PROFILES takes; `small` what `lab` does, unless it is given."""
+    return dict(zip(PROFILES, (lab, lab if small is None else small, paper), strict=True))
 
 
 def sources_hash(*leave_out: str) -> str:
@@ -56,7 +61,8 @@ class Settings:
     """The five orthogonal parameters of every notebook.
 
     ``data``: "world", "world:PRESET", "world:PRESET@SEED", "kaggle", or the path of a folder or metadata CSV.
-    ``profile``: "lab" (a laptop) or "paper" (the published sizes).
+    ``profile``: "lab" (a laptop, minutes), "small" (a laptop's night: the same networks, 32 times as many images) or
+    "paper" (the published sizes).
     ``edition``: "as_described" (the report) or "as_shipped" (the solutions' code).
     ``seed``: of every random draw but the world's own.
     ``device``: "auto", "cpu" or "cuda".

@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
+from lightning_utilities import apply_to_collection
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -136,7 +137,8 @@ def fit(
         model: called with ``batch["image"]``.
         dataset: items are dicts of what can be collated, with ``image`` (C, H, W). Its ``set_epoch``, the
             sampler's and the loss's, where they have one, are called with the epoch, from 0.
-        loss: of (the model's output, batch): a scalar, or a dict of scalars to log whose ``loss`` is lowered.
+        loss: of (the model's output, batch): a scalar, or a dict of scalars to log whose ``loss`` is lowered. Each of
+            several processes is given the whole batch's, but for ``image``.
         epochs: how many in all; a finished run is continued by asking for more.
         folder: for checkpoints and ``log.csv``; None keeps nothing.
         batch_size: images a step, over all processes. An incomplete last batch is left out, unless it is
@@ -220,7 +222,7 @@ def fit(
             for batch in _seeded(fabric, dataset, batches, progress, seed=seed, workers=workers):
                 factor = schedule(progress.epoch + progress.step / len(batches)) if schedule else 1.0
                 _set_rates(optimizer, rates, factor)
-                values = loss(network(batch["image"]), batch)
+                values = loss(*_whole(fabric, network(batch["image"]), batch))
                 values = values if isinstance(values, dict) else {"loss": values}
                 together, last = _group(progress.step, len(batches), group)
                 with fabric.no_backward_sync(network, enabled=not last):
@@ -606,6 +608,18 @@ def _fabric(device: str, precision: str) -> Fabric:
 def _generator_kept(fabric: Fabric) -> AbstractContextManager:
     """Give torch's generator back as it was."""
     return torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else [])
+
+
+def _whole(fabric: Fabric, output: object, batch: dict) -> tuple[object, dict]:
+    """Return a model's output and the batch but for its images as one process would have them.
+
+    Each process has the losses of the whole batch then, which may compare its images, and their gradients, of which
+    those of its own images reach its weights: averaged over the processes they are the whole batch's.
+    """
+    if fabric.world_size == 1:
+        return output, batch
+    both = fabric.all_gather([output, {**batch, "image": None}], sync_grads=True)
+    return apply_to_collection(both, torch.Tensor, lambda parts: parts.flatten(0, 1))
 
 
 def _bar(fabric: Fabric) -> tqdm:

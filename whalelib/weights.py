@@ -49,6 +49,7 @@ MIRRORS = {
         f"{MONAI}se_resnext101_32x4d-3b2fe3d8.pth",
         f"{TIMM}v0.1-weights/legacy_se_resnext101_32x4d-37725eac.pth",
     ),
+    "se_resnext50_32x4d": (f"{TIMM}v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth",),
     "densenet121": (f"{TORCHVISION}densenet121-a639ec97.pth",),
 }
 NAMES = tuple(MIRRORS)

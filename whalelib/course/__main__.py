@@ -43,7 +43,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
             continue
         default = Settings()
         command.add_argument("--data", default=default.data, help="world[:PRESET[@SEED]], kaggle, or a path")
-        command.add_argument("--profile", default=default.profile, help="lab or paper")
+        command.add_argument("--profile", default=default.profile, help="lab, small or paper")
         command.add_argument("--edition", default=default.edition, help="as_described or as_shipped")
         command.add_argument("--seed", default=str(default.seed), help="a whole number; ledger: also 0,1,2")
         command.add_argument("--device", default=default.device, help="auto, cpu or cuda")

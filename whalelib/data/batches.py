@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from itertools import count, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -32,13 +32,9 @@ class Doubled(Dataset):
 
     def __init__(self, photographs: Photographs, twice: bool = True):
         self.photographs, self.epoch = photographs, 0
-        whales = len(photographs.known)
-        self.new = 2 * whales
-        identity = photographs.catalog.table["identity"].to_numpy(dtype=object)
-        plain = np.where(identity == NEW_WHALE, self.new, photographs.labels)
-        named = (plain >= 0) & (plain < whales)
-        mirrored = np.where(named, plain + whales, plain)
-        self.labels = np.concatenate([plain, mirrored]) if twice else plain
+        self.new = 2 * len(photographs.known)
+        labels = doubled(photographs.catalog.table["identity"], photographs.known)
+        self.labels = labels if twice else labels[: len(photographs)]
 
     def __len__(self):
         return len(self.labels)
@@ -69,6 +65,15 @@ class Doubled(Dataset):
         """A hash of all that decides the items."""
         parts = ["doubled", self.photographs.fingerprint, len(self)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def doubled(identity: Iterable[str], known: Sequence[str]) -> np.ndarray:
+    """Return the labels (2N,) of N photographs and their mirror images, as :class:`Doubled` has them."""
+    whales = len(known)
+    place = {name: number for number, name in enumerate(known)} | {NEW_WHALE: 2 * whales}
+    plain = np.array([place.get(name, -1) for name in identity], dtype=np.int64)
+    named = (plain >= 0) & (plain < whales)
+    return np.concatenate([plain, np.where(named, plain + whales, plain)])
 
 
 class PxK:
@@ -192,11 +197,24 @@ class Portions:
 
     def __init__(self, sampler: PxK | Shuffled, batches: int):
         self.sampler, self.batches, self.epoch = sampler, batches, 0
+        self._lengths = []  # batches of the passes dealt out so far, so that none is dealt again to be skipped
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the portion's batches."""
-        start = self.epoch * self.batches
-        yield from islice(self._passes(), start, start + self.batches)
+        skip, left = self.epoch * self.batches, self.batches
+        for number in count():
+            if number < len(self._lengths) and skip >= self._lengths[number]:
+                skip -= self._lengths[number]
+                continue
+            self.sampler.set_epoch(number)
+            dealt = list(self.sampler)
+            if number == len(self._lengths):
+                self._lengths.append(len(dealt))
+            chosen = dealt[skip : skip + left]
+            yield from chosen
+            skip, left = max(0, skip - len(dealt)), left - len(chosen)
+            if not left:
+                return
 
     def __len__(self):
         """How many batches a portion has."""
@@ -205,8 +223,3 @@ class Portions:
     def set_epoch(self, epoch: int) -> None:
         """Choose the portion, from 0 up."""
         self.epoch = epoch
-
-    def _passes(self) -> Iterator[list[int]]:
-        for number in count():
-            self.sampler.set_epoch(number)
-            yield from self.sampler

@@ -261,7 +261,7 @@ def open_catalog(data: str | Path) -> Catalog:
     if re.match(r"world([:@]|$)", spec):
         return _open_world(spec)
     if spec == "kaggle":
-        return _read("kaggle", _kaggle_folder())
+        return _read("kaggle", kaggle_folder())
     path = Path(spec).expanduser()
     if not path.exists():
         raise CatalogError(f"{spec} does not exist; data are world[:PRESET[@SEED]], kaggle, or a path")
@@ -282,7 +282,12 @@ def _open_world(spec: str) -> Catalog:
     return _read(f"world:{preset}@{seed}", make_world(preset, seed))
 
 
-def _kaggle_folder() -> Path:
+def kaggle_folder() -> Path:
+    """Return the contest's folder: $WHALE_KAGGLE, or the first that exists of KAGGLE_FOLDERS.
+
+    Raises:
+        CatalogError: there is none; the message says where it was looked for.
+    """
     if named := os.environ.get("WHALE_KAGGLE"):
         if not Path(named).is_dir():
             raise CatalogError(f"WHALE_KAGGLE names {named}, which is no folder")

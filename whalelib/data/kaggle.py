@@ -34,7 +34,7 @@ from whalelib.contest import (
     check_submission,
     read_submission,
 )
-from whalelib.data.catalog import KAGGLE_FOLDERS, CatalogError, _kaggle_folder
+from whalelib.data.catalog import KAGGLE_FOLDERS, CatalogError, kaggle_folder
 from whalelib.data.layouts import NEW_WHALE, Problems, read_lines
 from whalelib.files import locked, replacing
 from whalelib.ledger import project_root
@@ -74,7 +74,7 @@ class KaggleError(ValueError):
 def home() -> Path:
     """Return the folder of the contest's data as ``open_catalog("kaggle")`` finds it, or where they belong."""
     try:
-        return _kaggle_folder()
+        return kaggle_folder()
     except CatalogError:
         return Path(os.environ.get("WHALE_KAGGLE") or project_root() / KAGGLE_FOLDERS[-1]).absolute()
 

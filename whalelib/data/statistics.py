@@ -136,7 +136,7 @@ def statistics(catalog: "Catalog", workers: int | None = None, cache: bool = Tru
     """
     paths = catalog.table["path"].tolist()
     stamps = {path: _stamp(path) for path in paths}
-    file = place("WHALE_CACHE", "data/cache") / f"statistics-{_cache_key(catalog.root)}.csv"
+    file = place("WHALE_CACHE", "data/cache") / f"statistics-{cache_key(catalog.root)}.csv"
     found = {}
     if cache:
         kept = _read_cache(file)
@@ -209,7 +209,8 @@ def _stamp(path: str) -> tuple[int | None, int | None]:
     return found.st_size, found.st_mtime_ns
 
 
-def _cache_key(root: Path) -> str:
+def cache_key(root: Path) -> str:
+    """Return what tells the kept measures of one folder's photographs from another's."""
     # Another PIL may decode to other pixels.
     parts = (str(root), _VERSION, PIL.__version__, images.MAX_PIXELS)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -23,18 +23,24 @@ from whalelib.identify import choose_threshold, embed, hold_out, identity_simila
 from whalelib.locate import cache_folder, code_of
 from whalelib.losses import cross_entropy
 from whalelib.models import Identifier
-from whalelib.run import Run
+from whalelib.run import Run, by_profile
 from whalelib.train import fit, warm_cosine
 
-SIZES = {"lab": (96, 192), "paper": (256, 512)}  # (H, W) of the input
-PASSES = {"lab": 8_000, "paper": 1_000_000}  # images to train with, the same ones again and again
-EPOCHS = {"lab": (3, 14), "paper": (20, 60)}  # fewest and most
+SIZES = by_profile((96, 192), (256, 512))  # (H, W) of the input
+PASSES = by_profile(8_000, 1_000_000, small=256_000)  # images to train with, the same ones again and again
+EPOCHS = by_profile((3, 14), (20, 60), small=(32, 448))  # fewest and most
 
 
 def epochs(profile: str, photographs: int) -> int:
     """Return how often to go through so many photographs: PASSES in all, within EPOCHS."""
     fewest, most = EPOCHS[profile]
     return max(fewest, min(most, round(PASSES[profile] / max(photographs, 1))))
+
+
+def budget(profile: str, rest: Catalog) -> int:
+    """Return how many images the baseline sees where it is trained on the known whales of `rest`."""
+    photographs = len(named(rest))
+    return epochs(profile, photographs) * photographs
 
 
 def network(identities: int, seed: int) -> Identifier:

@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from whalelib.contest import Contest
 from whalelib.data import NEW_WHALE
-from whalelib.identify import top5
+from whalelib.identify import hold_out, top5
 from whalelib.ledger import append_ledger, rows_of
 from whalelib.metrics import average_precision_at_k, bootstrap_interval
 from whalelib.recipes import baseline, first, second, third
@@ -62,7 +63,7 @@ def contender(run: Run, name: str, images: float = 1.0) -> Contender:
         queries, size = trained.photographs[2].catalog, baseline.SIZES[run.settings.profile]
     else:
         recipe = {"first": first, "second": second, "third": third}[name]
-        trained = recipe.trained(run, recipe.Choices(images=images))
+        trained = recipe.trained(run, recipe.Choices(images=images * _share(run, recipe)))
         queries, size = trained.parts.queries, trained.parts.size
     began = time.monotonic()
     if name == "baseline":
@@ -74,6 +75,15 @@ def contender(run: Run, name: str, images: float = 1.0) -> Contender:
     naming, history = time.monotonic() - began, trained.history
     seen, seconds = int(history["images"].sum()), float(history["seconds"].sum())
     return Contender(answers, queries.table["image"], seen, seconds, naming, size[0] * size[1])
+
+
+def _share(run: Run, recipe: ModuleType) -> float:
+    """Return how large the baseline's budget is beside a recipe's own: 1 in the lab, where they are one."""
+    profile = run.settings.profile
+    if profile != "paper":
+        return 1.0
+    rest, _ = hold_out(run.catalog.train, seed=run.settings.seed)
+    return baseline.budget(profile, rest) / recipe.budget(profile, recipe.parts(run))
 
 
 def judged(answer: Answer, truth: np.ndarray, photographs: np.ndarray, seed: int = 0) -> dict[str, float]:

@@ -24,7 +24,7 @@ import torch
 
 from whalelib import augment, keypoints, weights
 from whalelib.contest import Contest
-from whalelib.data.batches import Doubled, Portions, PxK, Shuffled
+from whalelib.data.batches import Doubled, Portions, PxK, Shuffled, doubled
 from whalelib.files import locked, replacing
 from whalelib.identify import choose_threshold, hold_out, pseudo_labels, top5, top_probabilities
 from whalelib.ledger import append_ledger, ledger_path, rows_of
@@ -41,15 +41,15 @@ from whalelib.models import (
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import BY, Parts
-from whalelib.run import Run, Settings, add_run_arguments
+from whalelib.run import Run, Settings, add_run_arguments, by_profile
 from whalelib.train import fit, load_best
 
-SIZES = {"lab": ((96, 192), (96, 96)), "paper": ((256, 512), (512, 512))}  # (H, W); the first is the default
-BACKBONES = {"lab": ("lite0", "lite1", "lite2"), "paper": SECOND_PLACE_BACKBONES}
-BATCH = {"lab": 32, "paper": 64}
-GROUP = {"lab": 2, "paper": 4}  # images of a whale in a batch; as shipped always 4, its triplets need them
-RATE = {"lab": 1e-3, "paper": 3e-4}  # the highest
-NEW_RATE = {"lab": 10, "paper": 1}  # times that, for what starts from nothing
+SIZES = by_profile(((96, 192), (96, 96)), ((256, 512), (512, 512)))  # (H, W); the first is the default
+BACKBONES = by_profile(("lite0", "lite1", "lite2"), SECOND_PLACE_BACKBONES)
+BATCH = by_profile(32, 64)
+GROUP = by_profile(2, 4)  # images of a whale in a batch; as shipped always 4, its triplets need them
+RATE = by_profile(1e-3, 3e-4)  # the highest
+NEW_RATE = by_profile(10, 1)  # times that, for what starts from nothing
 MARGIN = {
     "as_described": 0.5,
     "as_shipped": 0.0,
@@ -200,6 +200,18 @@ def parts(run: Run, size: tuple[int, int] | None = None, crop: str | None = "box
     return Parts(rest, held, located.test, size, run.settings.seed, masks=False, crop=crop)
 
 
+def budget(profile: str, parts: Parts, batch: int | None = None, group: int | None = None) -> int:
+    """Return how many images a network may see: the baseline's, or under `paper` those of EPOCHS passes.
+
+    batch, group: images in a batch, and of a whale in it, which decide how many a pass has; default the profile's.
+    """
+    if profile != "paper":
+        return baseline.budget(profile, parts.rest)
+    batch, group = batch or BATCH[profile], group or GROUP[profile]
+    labels = doubled(parts.rest.table["identity"], parts.known)
+    return EPOCHS * batch * len(PxK(labels, batch, 2 * len(parts.known), images=group, seed=parts.seed))
+
+
 def with_pseudo_labels(run: Run, here: Parts, choices: Choices) -> Parts:
     """Add the queries of which the network without pseudo labels is surest, as many as the report's share of them."""
     plain = trained(run, replace(choices, pseudo=False, backbone=None, size=None))
@@ -217,33 +229,33 @@ def with_pseudo_labels(run: Run, here: Parts, choices: Choices) -> Parts:
 def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     """Train a network, or fetch it from the cache, or go on where a killed run stopped.
 
-    It sees as many images as the baseline of notebook 01_02 does of the same data, in a hundred epochs of equal length
-    under `paper`, in twenty under `lab`. The `paper` profile keeps the epoch that is best on the held-out photographs,
-    `lab` the last.
+    It sees as many images as the baseline of notebook 01_02 does of the same data, in twenty epochs, and the last
+    weights are taken. Under `paper` it goes through the data a hundred times instead, and keeps the epoch that is best
+    on the held-out photographs.
     """
     choices, settings = choices or Choices(), run.settings
     profile, edition = settings.profile, settings.edition
     here = parts(run, choices.size, None if "boxes" in choices.without else "box")
-    budget = first.budget(profile, here) * choices.images
-    if choices.pseudo:
-        here = with_pseudo_labels(run, here, choices)
     margin = MARGIN[edition] if choices.margin is None else choices.margin
     backbone = choices.backbone or BACKBONES[profile][0]
     group = GROUP["paper" if edition == "as_shipped" else profile]
     chosen = {"batch": choices.batch or BATCH[profile], "group": choices.group or group}
     choices = replace(choices, backbone=backbone, margin=margin, **chosen)
+    images = budget(profile, here, choices.batch, choices.group) * choices.images
+    if choices.pseudo:
+        here = with_pseudo_labels(run, here, choices)
     data = [part.fingerprint for part in (here.rest, here.held)]
     given = profile == "paper" and str(weights.found(backbone))
-    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data, "budget": budget}
+    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data, "budget": images}
     modules = map(inspect.getmodule, (Doubled, first.trained, trained))
     folder = run.folder("second", code=baseline.training_code(*modules), **key)
     model = network(profile, len(here.known), edition, settings.seed, backbone).to(run.device)
-    history = first.trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder, budget))
+    history = first.trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder, images))
     return first.Trained(model, here, history)
 
 
 def _train(
-    run: Run, choices: Choices, model: SecondPlace, here: Parts, folder: Path, budget: float
+    run: Run, choices: Choices, model: SecondPlace, here: Parts, folder: Path, images: float
 ) -> pd.DataFrame:
     profile, edition, seed = run.settings.profile, run.settings.edition, run.settings.seed
     pixels = baseline.pixels_folder()
@@ -257,7 +269,7 @@ def _train(
     else:
         sampler = PxK(data.labels, choices.batch, data.new, images=choices.group, seed=seed)
     epochs = EPOCHS if profile == "paper" else 20
-    portion = max(1, round(budget / choices.batch / epochs))
+    portion = max(1, round(images / choices.batch / epochs))
     best = "valid MAP@5" if profile == "paper" else None
     history = fit(
         model,

@@ -51,22 +51,19 @@ from whalelib.models import SENET154_MEAN, SENET154_STD, ThirdPlace, densenet121
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import Mirrored
-from whalelib.run import Run, Settings, add_run_arguments
+from whalelib.run import Run, Settings, add_run_arguments, by_profile
 from whalelib.train import average_weights, fit
 
-SIZES = {"lab": (128, 128), "paper": (320, 320)}  # (H, W)
-FRAMES = {
-    "lab": (128, 224),
-    "paper": (480, 800),
-}  # (H, W) that a whole photograph is kept in before it is cropped
+SIZES = by_profile((128, 128), (320, 320))  # (H, W)
+FRAMES = by_profile((128, 224), (480, 800))  # (H, W) that a whole photograph is kept in before it is cropped
 BATCH = 32
 MARGIN = 0.5  # radians
-EPOCHS = {"lab": 20, "paper": 500}
-RATE = {"lab": 1e-3, "paper": 5e-4}
-NEW_RATE = {"lab": 10, "paper": 1}  # times that, for what starts from nothing
-SNAPSHOTS = {"lab": (1, 3), "paper": (2, 10)}  # every so many epochs; how many of them are averaged
+EPOCHS = by_profile(20, 500)
+RATE = by_profile(1e-3, 5e-4)
+NEW_RATE = by_profile(10, 1)  # times that, for what starts from nothing
+SNAPSHOTS = by_profile((1, 3), (2, 10))  # every so many epochs; how many of them are averaged
 # A training of minutes still falls at its end: the mean of its last weights lies behind them (notebook 05_11).
-AVERAGE = {"lab": False, "paper": True}
+AVERAGE = by_profile(False, True)
 THRESHOLD = 0.385  # of new_whale, as shipped
 
 # Table 5.2: milestones as shares of the training, where the rate is halved; times the highest rate; class grouping.
@@ -227,8 +224,9 @@ def network(profile: str, identities: int, seed: int, size: tuple[int, int] | No
 class Choices:
     """What a network may be trained with besides the profile's and the edition's.
 
-    model: of Table 5.2; margin: ArcFace's, radians; images: share of the budget; aligned: share of the crops; average:
-    the last weights, or take the last alone, default as the profile does; size: (H, W); without: some of PARTS.
+    model: of Table 5.2; margin: ArcFace's, radians; batch: images; images: share of the budget; aligned: share of the
+    crops; average: the last weights, or take the last alone, default as the profile does; size: (H, W); without: some
+    of PARTS.
 
     Raises:
         ValueError: no such part.
@@ -236,6 +234,7 @@ class Choices:
 
     model: str = "1"
     margin: float = MARGIN
+    batch: int = BATCH
     images: float = 1.0
     aligned: float = 0.5
     average: bool | None = None
@@ -298,9 +297,9 @@ def accumulated(epoch: int) -> int:
 def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     """Train a network, or fetch it from the cache, or go on where a killed run stopped.
 
-    It sees as many images as the baseline of notebook 01_02 does of the same data. Under `lab` in twenty epochs of
-    equal length, and the last weights are taken; under `paper` in five hundred, and the mean is taken of ten files, two
-    epochs apart, up to where the mean of the last twenty validations is best.
+    It sees as many images as the baseline of notebook 01_02 does of the same data, in twenty epochs, and the last
+    weights are taken. Under `paper` it sees every photograph and its mirror image five hundred times instead, and the
+    mean is taken of ten files, two epochs apart, up to where the mean of the last twenty validations is best.
     """
     choices, settings = _chosen(run, choices), run.settings
     here = parts(run, choices.size)
@@ -348,18 +347,18 @@ def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: P
     items = len(here.rest) if "mirrored whales" in choices.without else len(data)
     milestones, slower, _ = MODELS[choices.model]
     epochs, paper = EPOCHS[profile], profile == "paper"
-    portion = max(1, round(budget(profile, here) * choices.images / BATCH / epochs))
+    portion = max(1, round(budget(profile, here) * choices.images / choices.batch / epochs))
     history = fit(
         model,
         data,
         partial(loss, margin=choices.margin),
         epochs=epochs,
         folder=folder,
-        batch_size=BATCH,
+        batch_size=choices.batch,
         optimizer=partial(optimizer, rate=RATE[profile] * slower, new=NEW_RATE[profile]),
         schedule=partial(rate_factor, epochs=epochs, milestones=milestones),
         accumulate=accumulated if paper else 1,
-        sampler=Portions(Shuffled(items, BATCH, seed), portion),
+        sampler=Portions(Shuffled(items, choices.batch, seed), portion),
         seed=seed,
         **run.resources,
         on_epoch=partial(_validate, held=held, every=SNAPSHOTS[profile][0] if paper else epochs),
@@ -370,15 +369,16 @@ def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: P
     if choices.average:
         files = snapshots(run, choices)
         plain = data.plain()
-        images = DataLoader(plain, batch_size=BATCH, drop_last=len(plain) >= BATCH)
+        images = DataLoader(plain, batch_size=choices.batch, drop_last=len(plain) >= choices.batch)
         average_weights(model, files, (batch["image"] for batch in images))
-    return history.assign(images=history["steps"] * BATCH)
+    return history.assign(images=history["steps"] * choices.batch)
 
 
 def budget(profile: str, parts: Parts) -> int:
-    """Return how many images the baseline sees of the same data: as many as this recipe may see."""
-    rest, _ = hold_out(parts.gallery, seed=parts.seed)  # the baseline's
-    return baseline.epochs(profile, len(rest)) * len(rest)
+    """Return how many images the recipe may see: the baseline's, or under `paper` those of EPOCHS passes."""
+    if profile != "paper":
+        return baseline.budget(profile, hold_out(parts.gallery, seed=parts.seed)[0])
+    return EPOCHS[profile] * 2 * len(parts.rest)
 
 
 def _validate(model: ThirdPlace, row: dict, *, held: Flukes, every: int) -> dict:
@@ -432,7 +432,12 @@ def similarity(
         features(trained.model, here.flukes(part), mirrored=mirrored, aligned=aligned)
         for part in (here.queries if queries is None else queries, gallery)
     )
-    found = [templates(view, gallery.table["identity"]) for view in known]
+    return _nearness(asked, known, gallery.table["identity"])
+
+
+def _nearness(asked: np.ndarray, known: np.ndarray, names: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Return how near features are to the templates of others, whose whales have these names; and the whales."""
+    found = [templates(view, names) for view in known]
     return template_similarity(centre(asked), np.stack([each for each, _ in found])), found[0][1]
 
 
@@ -459,23 +464,34 @@ def answers(
     at the threshold that is best on photographs that were not trained on, the pairs' second ones and all new whales.
     """
     networks = [networks] if isinstance(networks, first.Trained) else list(networks)
-    cosine, whales = _mean([similarity(one, **views) for one in networks])
     here, found = networks[0].parts, {}
+    parts = [here.gallery.table] + [here.strangers.table] * ("held" in ways)
+    labelled = replace(here.gallery, table=pd.concat(parts, ignore_index=True))
+    known, asked = (
+        [features(one.model, here.flukes(part), **views) for one in networks]
+        for part in (labelled, here.queries)
+    )
+    names = labelled.table["identity"]  # of new_whale there is no template
+    cosine, whales = _mean([_nearness(*both, names) for both in zip(asked, known, strict=True)])
     usual = THRESHOLD if here.edition == "as_shipped" else expected_threshold(cosine)
     for by in ways:
-        limit, held = _held(networks, **views) if by == "held" else (usual, float("nan"))
+        limit, held = _held(here, labelled, known) if by == "held" else (usual, float("nan"))
         found[by] = Answer(top5(cosine, whales, limit), float(limit), float(held), cosine, whales)
     return found
 
 
-def _held(networks: Sequence[first.Trained], **views: bool) -> tuple[float, float]:
-    """Return the threshold that is best on photographs that were not trained on, and MAP@5 there."""
-    here = networks[0].parts
-    asked = pd.concat([here.held.table, here.strangers.table]).drop_duplicates("image")
-    unseen = replace(here.held, table=asked[~asked["image"].isin(here.rest.table["image"])])
-    found, names = _mean([similarity(one, unseen, here.rest, **views) for one in networks])
-    truth = unseen.table["identity"].to_numpy(dtype=object)
-    limits, scores = threshold_curve(found, names, truth)
+def _held(here: Parts, labelled: Catalog, known: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Return the threshold that is best on photographs that were not trained on, and MAP@5 there.
+
+    known: features of the labelled photographs, by each network.
+    """
+    names = labelled.table["identity"]
+    rest, held = (
+        labelled.table["image"].isin(part.table["image"]).to_numpy() for part in (here.rest, here.held)
+    )
+    unseen = (held | (names == NEW_WHALE).to_numpy()) & ~rest
+    cosine, whales = _mean([_nearness(rows[:, unseen], rows[:, rest], names[rest]) for rows in known])
+    limits, scores = threshold_curve(cosine, whales, names[unseen].to_numpy(dtype=object))
     return limits[scores.argmax()], scores.max()
 
 
