@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import nn
 
-from whalelib import augment
+from whalelib import augment, identify, models
 from whalelib.data import NEW_WHALE, Catalog, open_catalog
 from whalelib.data.catalog import problem_table
 from whalelib.data.photographs import Photographs
@@ -25,6 +25,7 @@ from whalelib.identify import (
     confidence_of,
     cosine_by_strength,
     embed,
+    embedded_anew,
     expected_threshold,
     hold_out,
     identity_similarity,
@@ -40,6 +41,7 @@ from whalelib.identify import (
     top_probabilities,
 )
 from whalelib.metrics import average_precision_at_k, map_at_k
+from whalelib.recipes import first
 from whalelib.report import recompute, table
 
 SET = os.environ.get("WHALE_REFERENCE", "")
@@ -277,6 +279,33 @@ def test_embed_restores_the_mode_after_an_error(catalog):
     with pytest.raises(RuntimeError, match="broken"):
         embed(model, Photographs(catalog, (4, 8)))
     assert model.neck.training
+
+
+def test_what_a_network_of_ours_makes_of_photographs_is_kept(catalog, places, monkeypatch):
+    asked = []
+    monkeypatch.setattr(identify, "_embedded", lambda model, *rest: asked.append(model) or np.ones((2, 3)))
+    model, data = models.Identifier(3, seed=1), Photographs(catalog, (32, 64))
+    for _ in range(2):
+        assert embed(model, data).tolist() == np.ones((2, 3)).tolist()
+    assert len(asked) == 1
+    (kept,) = (places / "cache" / "embeddings").iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])  # a damaged file is made anew
+    embed(model, data)
+    with embedded_anew():
+        embed(model, data)
+    embed(model, data, augmented=True)
+    embed(model, Photographs(catalog, (32, 32)))
+    embed(first.Mirrored(model), data)  # another class with the same weights
+    model.mean = (0.5, 0.5, 0.5)
+    embed(model, data)
+    model.mean = models.LITE0_MEAN
+    next(model.parameters()).data.add_(1)
+    embed(model, data)
+    assert len(asked) == 8
+    for unknown in (Colours(), models.FirstPlace(3, edition="as_shipped")):
+        for _ in range(2):
+            embed(unknown, data)
+    assert len(asked) == 12
 
 
 def test_from_photographs_to_guesses(catalog):

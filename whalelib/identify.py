@@ -3,9 +3,15 @@
 Sections 1 and 5.4 of the report. Whatever the network, this is how the course names a whale.
 """
 
+import hashlib
+import inspect
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,22 +22,38 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from whalelib.data import read_image
 from whalelib.data.layouts import NEW_SHARE
 from whalelib.data.photographs import Photographs
+from whalelib.files import replacing
+from whalelib.locate import code_of, weights_hash
 from whalelib.metrics import GUESSES, NEW_WHALE
+from whalelib.run import place
 from whalelib.train import evaluating, keep_memory
 
 if TYPE_CHECKING:
     from whalelib.data.catalog import Catalog
 
 FAISS = 200_000
+_keeps = ContextVar("keeps", default=True)
 
 
-@torch.inference_mode()
+@contextmanager
+def embedded_anew() -> Iterator[None]:
+    """In here :func:`embed` computes everything, for who wants to know what that takes."""
+    token = _keeps.set(False)
+    try:
+        yield
+    finally:
+        _keeps.reset(token)
+
+
 def embed(
     model: nn.Module, photographs: Photographs, *, batch_size: int = 64, augmented: bool = False
 ) -> np.ndarray:
     """Return the photographs' embeddings, on the device where the model is.
+
+    Those of a network of ours, without augmentation, are kept in the cache, where notebooks find each other's.
 
     Args:
         model: has ``embed(images (N, 3, H, W)) -> (N, D)``. It runs in evaluation mode and is left as it was.
@@ -42,9 +64,52 @@ def embed(
     Returns:
         (N, D) float32, rows of length 1.
     """
+    read = photographs if augmented else photographs.plain()
+    kept = None if augmented or not _keeps.get() else _kept_at(model, read, batch_size)
+    if kept is None:
+        return _embedded(model, read, batch_size)
+    with suppress(OSError, ValueError, EOFError):  # of a file that is not there, or damaged
+        return np.load(kept, allow_pickle=False)
+    rows = _embedded(model, read, batch_size)
+    with replacing(kept) as part, part.open("wb") as file:
+        np.save(file, rows)
+    return rows
+
+
+def _kept_at(model: nn.Module, photographs: Photographs, batch_size: int) -> Path | None:
+    """Return the file in the cache that keeps what this model makes of these photographs.
+
+    It is named by all that decides them: weights, plain attributes and code. None where that can't be told: of models
+    that others defined, that hold functions, or that draw at random.
+    """
+    ours = [each for each in model.modules() if type(each).__module__.startswith("whalelib.")]
+    told = [
+        {name: value for name, value in vars(each).items() if name not in vars(nn.Module())} for each in ours
+    ]
+    plain = (bool, int, float, str, tuple, type(None))
+    if type(model) not in map(type, ours) or not hasattr(photographs, "fingerprint"):
+        return None
+    if any(not isinstance(value, plain) for each in told for value in each.values()):
+        return None
+    if any(each.get("dropout_always") for each in told):
+        return None
+    code = {inspect.getmodule(type(each)) for each in (*ours, photographs)} | {inspect.getmodule(read_image)}
+    key = [code_of(*sorted(code, key=lambda module: module.__name__), _embedded), weights_hash(model)]
+    key += [
+        repr(model),
+        repr(told),
+        photographs.fingerprint,
+        batch_size,
+        next(model.parameters()).device.type,
+    ]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    return place("WHALE_CACHE", "data/cache") / "embeddings" / f"{digest}.npy"
+
+
+@torch.inference_mode()
+def _embedded(model: nn.Module, read: Photographs, batch_size: int) -> np.ndarray:
     keep_memory()
     with evaluating(model) as device:
-        read = photographs if augmented else photographs.plain()
         loader = tqdm(DataLoader(read, batch_size=batch_size), "Embedding", leave=False)
         rows = [nn.functional.normalize(model.embed(batch["image"].to(device)).float()) for batch in loader]
     return torch.cat(rows).cpu().numpy()

@@ -79,12 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_run_arguments(parser)
     parser.add_argument("--recipes", nargs="+", choices=CASES, default=list(CASES))
+    known = dict.fromkeys(case for named in CASES.values() for case in named)
+    parser.add_argument(
+        "--cases", nargs="+", choices=known, default=list(known), metavar="CASE", help="default all"
+    )
     parser.add_argument("--device", choices=DEVICES, default=DEVICES[0])
     chosen = parser.parse_args(arguments)
     settings = Settings(chosen.data, edition=chosen.edition, seed=chosen.seed, device=chosen.device)
     run = Run("06_02", settings)
     for recipe in chosen.recipes:
-        for case in CASES[recipe]:
+        for case in [case for case in CASES[recipe] if case in chosen.cases]:
             began = time.monotonic()
             values = {f"{recipe}: {case}": round(score(run, recipe, case), 4)}
             print(values, flush=True)
