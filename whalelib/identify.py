@@ -34,7 +34,7 @@ from whalelib.train import evaluating, keep_memory
 if TYPE_CHECKING:
     from whalelib.data.catalog import Catalog
 
-FAISS = 200_000
+FAISS = 10_000
 _keeps = ContextVar("keeps", default=True)
 
 
