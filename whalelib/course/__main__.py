@@ -154,7 +154,9 @@ def _refresh(arguments: argparse.Namespace) -> int:
             refresh(notebook, lambda cell, total, line=line: tell_meanwhile(f"{line}cell {cell}/{total}"))
         except Exception as error:
             failed += 1
-            tell(f"{line}FAILED, left as it was: {str(error).strip().splitlines()[-1]}")
+            tell(
+                f"{line}FAILED, left as it was: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+            )
         else:
             seconds = time.monotonic() - began
             tell(f"{line}ok {seconds:.1f} s, {notebook.path.stat().st_size / 1e3:.0f} kB")
