@@ -83,15 +83,11 @@ def _kept_at(model: nn.Module, photographs: Photographs, batch_size: int) -> Pat
     that others defined, that hold functions, or that draw at random.
     """
     ours = [each for each in model.modules() if type(each).__module__.startswith("whalelib.")]
-    told = [
-        {name: value for name, value in vars(each).items() if name not in vars(nn.Module())} for each in ours
-    ]
-    plain = (bool, int, float, str, tuple, type(None))
-    if type(model) not in map(type, ours) or not hasattr(photographs, "fingerprint"):
-        return None
-    if any(not isinstance(value, plain) for each in told for value in each.values()):
-        return None
-    if any(each.get("dropout_always") for each in told):
+    base, plain = vars(nn.Module()), (bool, int, float, str, tuple, type(None))
+    told = [{name: value for name, value in vars(each).items() if name not in base} for each in ours]
+    known = model in ours and hasattr(photographs, "fingerprint")
+    known &= all(isinstance(value, plain) for each in told for value in each.values())
+    if not known or any(each.get("dropout_always") for each in told):
         return None
     code = {inspect.getmodule(type(each)) for each in (*ours, photographs)} | {inspect.getmodule(read_image)}
     key = [code_of(*sorted(code, key=lambda module: module.__name__), _embedded), weights_hash(model)]
@@ -400,6 +396,7 @@ def nearest(
     faiss: bool | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest rows of a gallery, exactly, without ever holding all cosines.
+
     Args:
         queries: (Q, D) unit rows.
         gallery: (G, D) unit rows, however many.
