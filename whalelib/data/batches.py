@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
 from whalelib.data.layouts import NEW_WHALE
-from whalelib.data.photographs import Photographs, as_tensor, transformed
+from whalelib.data.photographs import Photographs, as_tensor, labels_of, transformed
 
 
 class Doubled(Dataset):
@@ -67,13 +68,12 @@ class Doubled(Dataset):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def doubled(identity: Iterable[str], known: Sequence[str]) -> np.ndarray:
+def doubled(identity: pd.Series, known: Sequence[str]) -> np.ndarray:
     """Return the labels (2N,) of N photographs and their mirror images, as :class:`Doubled` has them."""
-    whales = len(known)
-    place = {name: number for number, name in enumerate(known)} | {NEW_WHALE: 2 * whales}
-    plain = np.array([place.get(name, -1) for name in identity], dtype=np.int64)
-    named = (plain >= 0) & (plain < whales)
-    return np.concatenate([plain, np.where(named, plain + whales, plain)])
+    plain, whales = labels_of(identity, known), len(known)
+    mirrored = np.where(plain >= 0, plain + whales, plain)
+    new = identity.isin([NEW_WHALE]).to_numpy()
+    return np.where(np.tile(new, 2), 2 * whales, np.concatenate([plain, mirrored]))
 
 
 class PxK:

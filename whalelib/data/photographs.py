@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -79,8 +81,7 @@ class Photographs(Dataset):
         self.catalog, self.size, self.crop = catalog, (int(height), int(width)), crop
         self.transform, self.seed, self.epoch = transform, seed, 0
         self.known = list(catalog.known if known is None else known)
-        place = {identity: i for i, identity in enumerate(self.known)}
-        self.labels = catalog.table["identity"].map(place).fillna(-1).to_numpy(dtype=np.int64)
+        self.labels = labels_of(catalog.table["identity"], self.known)
         self._paths = catalog.table["path"].tolist()
         self._boxes = [None] * len(self._paths)
         if crop == "box":
@@ -176,6 +177,12 @@ def _take_room(path: Path) -> None:
     if hasattr(os, "posix_fallocate"):  # not everywhere
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def labels_of(identity: pd.Series, known: Sequence[str]) -> np.ndarray:
+    """Return the place in ``known`` of each identity, (N,) int64; -1 where it has none."""
+    place = {name: number for number, name in enumerate(known)}
+    return identity.map(place).fillna(-1).to_numpy(dtype=np.int64)
 
 
 def transformed(transform, key: tuple[int, ...], pixels: np.ndarray) -> np.ndarray:
