@@ -175,7 +175,7 @@ def _second(profile: str) -> list[Row]:
                 choices.size,
                 second.BATCH[profile],
                 budget(profile, "second"),
-                second.EPOCHS if profile == "paper" else 20,
+                second.EPOCHS[profile],
                 choices,
                 hours=hours_of(table.loc[model, "Training time"]),
                 batch_then=batch_then,

@@ -179,17 +179,18 @@ class Choices:
     without: tuple[str, ...] = ()
 
     def __post_init__(self):
-        known_parts(self.without, PARTS)
+        check_choices(self, PARTS)
 
 
-def known_parts(without: Sequence[str], parts: Sequence[str]) -> None:
-    """Check what an ablation leaves out.
+def check_choices(choices: object, parts: Sequence[str]) -> None:
+    """Check what a recipe's Choices leave out; a share of images of 1 is the same as one of 1.0.
 
     Raises:
-        ValueError: it is none of a recipe's parts.
+        ValueError: what is left out is none of a recipe's parts.
     """
-    if unknown := [name for name in without if name not in parts]:
+    if unknown := [name for name in choices.without if name not in parts]:
         raise ValueError(f"without {unknown[0]!r}: choose from {', '.join(parts)}")
+    object.__setattr__(choices, "images", float(choices.images))
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ class Choices:
     without: tuple[str, ...] = ()
 
     def __post_init__(self):
-        first.known_parts(self.without, PARTS)
+        first.check_choices(self, PARTS)
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
 
 def snapshots(run: Run, choices: Choices | None = None) -> list[Path]:
     """Return the files of weights that a trained network is or could be the mean of, in the order of training."""
-    choices = _chosen(run, choices)
+    choices = replace(_chosen(run, choices), average=False)
     folder = _folder(run, choices, parts(run, choices.size))
     kept = "best-snapshots" if run.settings.profile == "paper" else "snapshots"
     return sorted((folder / kept).glob("*.safetensors"))
@@ -339,6 +339,8 @@ def _folder(run: Run, choices: Choices, here: Parts) -> Path:
 
 
 def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: Path) -> pd.DataFrame:
+    if choices.average:
+        return _average(run, choices, model, here)
     profile, edition, seed = run.settings.profile, run.settings.edition, run.settings.seed
     pixels = baseline.pixels_folder()
     transform = augment.third_place(here.frame, edition)
@@ -366,12 +368,16 @@ def _train(run: Run, choices: Choices, model: ThirdPlace, here: Parts, folder: P
         snapshots=SNAPSHOTS[profile],
         settings={"choices": asdict(choices), "portion": portion},
     )
-    if choices.average:
-        files = snapshots(run, choices)
-        plain = data.plain()
-        images = DataLoader(plain, batch_size=choices.batch, drop_last=len(plain) >= choices.batch)
-        average_weights(model, files, (batch["image"] for batch in images))
     return history.assign(images=history["steps"] * choices.batch)
+
+
+def _average(run: Run, choices: Choices, model: ThirdPlace, here: Parts) -> pd.DataFrame:
+    """Give the model the mean of the files that the same training without an average keeps."""
+    last = trained(run, replace(choices, average=False))
+    plain = here.flukes(here.rest, folder=baseline.pixels_folder())
+    images = DataLoader(plain, batch_size=choices.batch, drop_last=len(plain) >= choices.batch)
+    average_weights(model, snapshots(run, choices), (batch["image"] for batch in images))
+    return last.history
 
 
 def budget(profile: str, parts: Parts) -> int:
