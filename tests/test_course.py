@@ -247,8 +247,14 @@ def test_auto_is_one_where_a_notebook_needs_the_whole_machine(monkeypatch):
     assert jobs_of("auto", Settings()) == 1
 
 
-def test_a_process_that_dies_is_its_own_notebooks_failure(course, capsys):
-    killed = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)"
+def test_a_process_that_dies_is_its_own_notebooks_failure(course, capsys, tmp_path):
+    pid = tmp_path / "pid"
+    killed = (
+        "import os, pathlib, signal\nfrom multiprocessing import parent_process\n"
+        f"pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
+        "os.kill(parent_process().pid, signal.SIGKILL)\n"
+        "import time; time.sleep(600)"
+    )
     write(course.notebooks, "01_01_killed", "1")
     write(course.notebooks, "01_02_lives", "1")
     assert course.run(capsys)[0] == 0
@@ -260,6 +266,23 @@ def test_a_process_that_dies_is_its_own_notebooks_failure(course, capsys):
     assert state_of(printed, "01_02").startswith("ok ")
     assert "killed by SIGKILL" in course.page("01_01_killed")
     assert not load(course.build, Notebook(course.notebooks / "01_01_killed.ipynb")).ok
+    for _ in range(50):
+        if not Path(f"/proc/{pid.read_text()}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("its kernel lives on")
+
+
+def test_kernels_are_fresh_and_have_imported_the_libraries(course, capsys):
+    there = "import sys\nfor name in ('torch', 'tqdm'):\n    run.record(name, int(name in sys.modules))"
+    names = "run.record('names', int('left' in globals()))\nleft = 1"
+    inline = "import matplotlib.pyplot as plt\nrun.record('backend', plt.get_backend().split('.')[-1])"
+    for name in ("01_01_a", "01_02_b"):
+        write(course.notebooks, name, BEGIN.format(name[:5]), there, names, inline)
+    code, printed = course.run(capsys, "run", "--jobs", "1")
+    assert code == 0, printed
+    found = {row["metric"]: row["value"] for row in read_rows(course.build / "results.csv")}
+    assert found == {"seed again": "0", "torch": "1", "tqdm": "0", "names": "0", "backend": "backend_inline"}
 
 
 # ---- pages

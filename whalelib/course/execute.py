@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from multiprocessing import current_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.execute import ERROR_MARKER_TAG
 
+from whalelib.course.kernels import PROVISIONER
 from whalelib.course.notebooks import Notebook
 from whalelib.files import replacing
 from whalelib.ledger import read_rows
@@ -31,6 +33,7 @@ from whalelib.run import Settings, figures_folder, sources_hash
 
 RECORD = "whalelib_run"
 OnCell = Callable[[int, int], None]  # told the number of the cell that begins, and how many there are
+FORKED = {"JUPYTER_DEFAULT_PROVISIONER_NAME": PROVISIONER}
 QUIET = ["--IPKernelApp.log_level=50"]  # kernels warn of unencrypted sockets, which are local and signed
 
 
@@ -145,7 +148,7 @@ def execute(notebook: Notebook, settings: Settings, build: Path, key: str, on_ce
     results.unlink(missing_ok=True)
     began, began_at = time.monotonic(), time.time()
     with (
-        environment({"WHALE_BUILD": str(build), "WHALE_RESULTS": str(results.parent)}),
+        environment({"WHALE_BUILD": str(build), "WHALE_RESULTS": str(results.parent), **FORKED}),
         replacing(executed_path(build, notebook)) as part,
     ):
         try:
@@ -177,6 +180,7 @@ def execute_apart(
     """
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to all; a kernel is stopped once
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    current_process().daemon = False  # its kernel is a process of it
     os.environ.clear()
     os.environ.update(variables)
     with suppress(KeyboardInterrupt):

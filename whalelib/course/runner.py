@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,6 +21,7 @@ from whalelib.course.execute import (
     lost,
     up_to_date,
 )
+from whalelib.course.kernels import PROCESSES
 from whalelib.course.notebooks import CourseError, Notebook, trainers_first
 from whalelib.course.results import write_results
 from whalelib.ledger import ledger_path, read_rows
@@ -29,9 +29,6 @@ from whalelib.run import Run, Settings
 
 CORES = os.cpu_count() or 1
 AT_ONCE = min(CORES + 2, 4)  # more than cores, as some wait for a network that another one trains
-# Of processes that are forked from a server the libraries are imported once, and no thread of ours is copied.
-PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["whalelib.course.execute"])
 
 
 def jobs_of(asked: str, settings: Settings) -> int:

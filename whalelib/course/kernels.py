@@ -1,0 +1,86 @@
+"""Kernels for many notebooks in a row, forked from a server that has imported the libraries.
+
+Such a kernel is as fresh as any other, but spares a processor the six seconds of importing torch and what builds on it.
+Jupyter's client starts them where JUPYTER_DEFAULT_PROVISIONER_NAME says PROVISIONER.
+"""
+
+import os
+import signal
+import sys
+from multiprocessing import current_process, get_context, parent_process
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from threading import Thread
+
+from jupyter_client.provisioning import LocalProvisioner
+
+PROVISIONER = "whalelib-forked"
+# Libraries are imported once, and no thread of ours is copied. Not matplotlib: it asks for its backend when it is
+# imported, which is the kernel's to say.
+PROCESSES = get_context("forkserver")
+LIBRARIES = (
+    "ipykernel.kernelapp",
+    "torchvision",
+    "whalelib.augment",
+    "segmentation_models_pytorch",
+    "sklearn",
+)
+PROCESSES.set_forkserver_preload(["whalelib.course.execute", *LIBRARIES])
+
+
+class ForkedProvisioner(LocalProvisioner):
+    """Starts Python's kernels as PROCESSES, and others as its parent class does."""
+
+    async def launch_kernel(self, cmd: list[str], **options: object) -> dict:
+        """Start the kernel that the words of ``cmd`` say, and return how to reach it."""
+        if "ipykernel_launcher" not in cmd:
+            return await super().launch_kernel(cmd, **options)
+        words = cmd[cmd.index("ipykernel_launcher") :]
+        arguments = (words, options.get("env") or dict(os.environ), options.get("cwd") or os.getcwd())
+        process = PROCESSES.Process(target=_be_kernel, args=arguments, daemon=True)
+        process.start()
+        self.process, self.pid, self.pgid, self.cwd = _Popen(process), process.pid, process.pid, arguments[2]
+        return self.connection_info
+
+
+class _Popen:
+    """A process of multiprocessing as a provisioner sees one of `subprocess`."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, process: BaseProcess):
+        self.process = process
+        self.pid, self.kill, self.terminate = process.pid, process.kill, process.terminate
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def _be_kernel(words: list[str], variables: dict[str, str], folder: str) -> None:
+    from ipykernel.kernelapp import launch_new_instance  # noqa: PLC0415
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415
+
+    os.setsid()
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    current_process().daemon = False  # a notebook may have processes of its own
+    os.environ.clear()
+    os.environ.update(variables, JPY_PARENT_PID=str(os.getppid()))
+    os.chdir(folder)
+    if threads := variables.get("OMP_NUM_THREADS"):
+        threadpool_limits(int(threads))  # libraries read it when they are loaded, which is done
+    for name in [name for name in sys.modules if name.split(".")[0] == "tqdm"]:
+        del sys.modules[name]  # it asks when it is imported whether it runs in a notebook
+    sys.argv = words
+    launch_new_instance()
+
+
+def _end_with(process: BaseProcess) -> None:
+    wait([process.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
