@@ -19,7 +19,7 @@ from whalelib.postprocess import (
     rank_leaks,
     rank_sizes,
     read_groups,
-    read_leaks,
+    read_ids,
     regroup,
     ungroup,
 )
@@ -261,17 +261,17 @@ def test_read_groups(tmp_path):
         read_groups(tmp_path / "none.csv")
 
 
-def test_read_leaks(tmp_path):
+def test_read_ids(tmp_path):
     path = tmp_path / "leaks.csv"
     path.write_text("Image,Id\ns,a\nt,b\n")
-    assert read_leaks(path) == {"s": "a", "t": "b"} == read_leaks(path, ["s", "t", "u"], ["a", "b"])
+    assert read_ids(path) == {"s": "a", "t": "b"} == read_ids(path, ["s", "t", "u"], ["a", "b"])
     with pytest.raises(CatalogError, match=r"leaks\.csv, row 3: t: not a test photograph"):
-        read_leaks(path, ["s"])
+        read_ids(path, ["s"])
     with pytest.raises(CatalogError, match=r"leaks\.csv, row 2: s: a is no id"):
-        read_leaks(path, known=["b"])
+        read_ids(path, known=["b"])
     path.write_text("Image,Id\ns,a\ns,b\nt,\n,c\nu,c d\n")
     with pytest.raises(CatalogError) as error:
-        read_leaks(path)
+        read_ids(path)
     for row, problem in (
         (3, "s: already in row 2"),
         (4, "t: one id is needed, not ''"),

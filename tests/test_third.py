@@ -13,6 +13,7 @@ from torch import nn
 
 from whalelib import augment, landmarks
 from whalelib.data.batches import Portions, Shuffled
+from whalelib.data.layouts import BOX
 from whalelib.losses import add_margin, cosines, without_mirrored
 from whalelib.models import FeatureMap, ThirdPlace, count_parameters, densenet121
 from whalelib.recipes import ladder, third
@@ -162,6 +163,61 @@ def test_another_alignment_share_or_box_is_another_fingerprint(flukes):
     assert data.fingerprint != flukes(aligned=1).fingerprint
     data.boxes = data.boxes + 0.01
     assert data.fingerprint != flukes().fingerprint
+
+
+def test_features_are_seen_by_every_version_of_the_landmarks(flukes):
+    part = flukes().catalog
+    moved = part.table.set_index("image")[[*BOX, *landmarks.COLUMNS]].assign(x0=8.0, notch_y=16.0)
+    nobody = part.where(np.zeros(len(part), dtype=bool))
+    parts = third.Parts(part, nobody, part, nobody, part, (32, 32), (32, 64), "as_described", 0, (moved,))
+    model = tiny(size=(32, 32))
+    found = third.features(model, parts.views(part))
+    assert found.shape == (2, len(part), 4, 16)
+    alone = replace(part, table=part.table.assign(x0=8.0, notch_y=16.0))
+    np.testing.assert_allclose(found[:, :, :2], third.features(model, flukes()), atol=1e-6)
+    np.testing.assert_allclose(found[:, :, 2:], third.features(model, parts.flukes(alone)), atol=1e-6)
+    assert abs(found[:, :, :2] - found[:, :, 2:]).max() > 1e-4
+
+
+def test_a_turned_photograph_is_turned_as_the_edition_does(flukes):
+    catalog = flukes().catalog
+    turns = {catalog.table["image"].iloc[0]: 90}
+    seen = [
+        third.Flukes(catalog, (32, 32), (32, 64), catalog.known, turns=turns, edition=edition)
+        for edition in ("as_described", "as_shipped")
+    ]
+    assert not torch.equal(seen[0][0]["image"], seen[1][0]["image"])
+    assert torch.equal(seen[0][1]["image"], seen[1][1]["image"])
+    assert seen[0].fingerprint != seen[1].fingerprint
+
+
+def test_grouped_labels_are_trained_on_as_described_alone(flukes, tmp_path):
+    table = flukes().catalog.table[:6].assign(identity=["a", "a", "b", "b", "new_whale", "new_whale"])
+    catalog = replace(flukes().catalog, table=table, root=tmp_path)
+    rest, strangers = (
+        catalog.where(((table["identity"] == "new_whale") == new).to_numpy()) for new in (0, 1)
+    )
+    names = table["image"].tolist()
+    held = catalog.where(table["image"].isin([names[0], names[5]]).to_numpy())
+    parts = third.Parts(rest, held, rest, strangers, held, (32, 32), (32, 64), "as_described", 0)
+    assert third.grouped(parts) is parts
+    rows = [(names[2], "ab"), (names[0], "ab"), (names[4], "c"), (names[5], "c"), (names[3], "new_whale")]
+    text = "".join(f"{image},{name}\n" for image, name in rows)
+    (tmp_path / third.GROUPED).write_text("Image,Id\n" + text)
+    learnt = third.grouped(parts)
+    assert dict(zip(learnt.rest.table["image"], learnt.rest.table["identity"], strict=True)) == {
+        names[0]: "ab",
+        names[1]: "a",
+        names[2]: "ab",
+        names[4]: "c",
+    }
+    assert learnt.known == ["a", "ab", "c"]
+    assert learnt.gallery is parts.gallery
+    shipped = replace(parts, edition="as_shipped")
+    assert third.grouped(shipped) is shipped
+    (tmp_path / third.GROUPED).write_text("Image,Id\nnobody.jpg,a\n")
+    with pytest.raises(ValueError, match=r"train\.v2\.csv.*row 2.*nobody\.jpg: not a training photograph"):
+        third.grouped(parts)
 
 
 SET = os.environ.get("WHALE_REFERENCE", "")

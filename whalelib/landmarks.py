@@ -688,6 +688,7 @@ def located(
     landmarks: Path | str | None = None,
     boxes: Path | str | None = None,
     folds: int | None = None,
+    fold: int | None = None,
 ) -> Catalog:
     """Return the run's photographs with a box and four landmarks each, supplied or found by networks.
 
@@ -702,6 +703,7 @@ def located(
             (:func:`training_boxes`).
         boxes: a CSV file Image, x0, y0, x1, y1, in pixels.
         folds: how many networks, see :func:`landmark_models`.
+        fold: one of them, from 0, to take alone, instead of the ensemble.
 
     Returns:
         The catalog with ``x0``, ``y0``, ``x1``, ``y1``, within the photograph; the ``COLUMNS``; ``box_from``
@@ -739,8 +741,11 @@ def located(
     if (bare := no_box | no_points).any():
         tables = found_landmarks(run, catalog.where(bare), folds)
         table.loc[bare, "confidence"] = np.mean([each["confidence"] for each in tables], axis=0)
+        edition = run.settings.edition
+        if fold is not None:
+            tables, edition = [tables[fold]], "as_described"  # the shipped slip is the ensemble's
         folds_say = map(np.stack, zip(*(shares(each, shape[bare]) for each in tables), strict=True))
-        found = in_pixels(*ensemble(*folds_say, run.settings.edition), shape[bare])
+        found = in_pixels(*ensemble(*folds_say, edition), shape[bare])
         table.loc[no_box, list(BOX)] = found.loc[no_box[bare], list(BOX)].to_numpy()
         table.loc[no_points, list(COLUMNS)] = found.loc[no_points[bare], list(COLUMNS)].to_numpy()
     whole = np.tile(shape[:, ::-1], 2) * [0, 0, 1, 1]

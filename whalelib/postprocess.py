@@ -320,18 +320,22 @@ def read_groups(path: Path | str, known: Collection[str] | None = None) -> dict[
     return groups
 
 
-def read_leaks(
-    path: Path | str, images: Collection[str] | None = None, known: Collection[str] | None = None
+def read_ids(
+    path: Path | str,
+    images: Collection[str] | None = None,
+    known: Collection[str] | None = None,
+    kind: str = "a test photograph",
 ) -> dict[str, str]:
-    """Read a file of published answers: Image, Id.
+    """Read a file of ids, such as that of the published answers or that of grouped labels: Image, Id.
 
     Args:
         path: CSV file.
-        images: test photographs; None skips the check of unknown photographs.
+        images: photographs that it may name; None skips the check of unknown photographs.
         known: ids of the training photographs; None skips the check of unknown ids.
+        kind: what its photographs are, for messages.
 
     Returns:
-        Test photograph -> id, in the order of the file.
+        Photograph -> id, in the order of the file.
 
     Raises:
         CatalogError: (a ValueError) it cannot be read, or a photograph that is unknown, named twice or without one id;
@@ -346,7 +350,7 @@ def read_leaks(
         if image in rows:
             problems.refuse(path.name, row, f"{image}: already in row {rows[image]}")
         elif not image or (images is not None and image not in images):
-            problems.refuse(path.name, row, f"{image}: not a test photograph" if image else "no photograph")
+            problems.refuse(path.name, row, f"{image}: not {kind}" if image else "no photograph")
         if len(name.split()) != 1:
             problems.refuse(path.name, row, f"{image}: one id is needed, not {name!r}")
         elif known is not None and name not in known:

@@ -31,6 +31,7 @@ from whalelib import augment, landmarks, weights
 from whalelib.contest import Contest
 from whalelib.data import NEW_WHALE, Catalog, statistics
 from whalelib.data.batches import Portions, Shuffled
+from whalelib.data.layouts import BOX
 from whalelib.data.photographs import as_tensor
 from whalelib.identify import (
     centre,
@@ -48,6 +49,7 @@ from whalelib.ledger import append_ledger, rows_of
 from whalelib.losses import add_margin, cross_entropy, without_mirrored
 from whalelib.metrics import map_at_k
 from whalelib.models import SENET154_MEAN, SENET154_STD, ThirdPlace, densenet121
+from whalelib.postprocess import read_ids
 from whalelib.recipes import baseline, first
 from whalelib.recipes.baseline import Answer
 from whalelib.recipes.first import Mirrored
@@ -90,6 +92,7 @@ class Flukes(Dataset):
         aligned: share of the items that are aligned: in training usually .5, else 0 or 1.
         seed: of the draws.
         turns: degrees clockwise by name, of photographs to be turned (section 5.2.1); not in training.
+        edition: of the turn, see :func:`landmarks.turned`.
         folder: where decoded photographs are kept.
     """
 
@@ -104,11 +107,12 @@ class Flukes(Dataset):
         aligned: float = 0,
         seed: int = 0,
         turns: Mapping[str, int] | None = None,
+        edition: str = "as_described",
         folder: Path | None = None,
     ):
         self.photographs = PointedPhotographs(catalog, frame, known=list(known), seed=seed, folder=folder)
         self.catalog, self.size, self.transform, self.aligned = catalog, size, transform, aligned
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.edition = seed, 0, edition
         shape = statistics(catalog)[["height", "width"]].to_numpy(dtype=float)
         self.boxes, self.points = landmarks.shares(catalog.table, shape)
         self.turns = [(turns or {}).get(name, 0) for name in catalog.table["image"]]
@@ -144,7 +148,7 @@ class Flukes(Dataset):
     def fingerprint(self) -> str:
         """A hash of all that decides the items."""
         transform = None if self.transform is None else self.transform.to_dict()
-        found = [self.boxes.tolist(), self.points.tolist(), self.turns]
+        found = [self.boxes.tolist(), self.points.tolist(), self.turns, self.edition]
         parts = [self.photographs.fingerprint, self.size, transform, self.aligned, self.seed, found]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
@@ -155,7 +159,7 @@ class Flukes(Dataset):
     def _plain(self, place: int) -> np.ndarray:
         image, box, points = self._whole(place), self.boxes[place], self.points[place]
         if self.turns[place]:
-            image, box, points = landmarks.turned(image, box, points, self.turns[place])
+            image, box, points = landmarks.turned(image, box, points, self.turns[place], self.edition)
         return self._cropped(image, points, landmarks.crop_of(box, points), bool(self.aligned))
 
     def _augmented(self, index: int) -> np.ndarray:
@@ -250,7 +254,8 @@ class Parts:
     """The photographs as the recipe takes them, all with boxes and landmarks.
 
     rest: known whales to train on; held: pairs of known whales, and new whales, to validate with; gallery: all known
-    whales, for the templates; strangers: all new whales; queries: to name.
+    whales, for the templates; strangers: all new whales; queries: to name; versions: of each fold of the landmark
+    detector, where there are several, what it finds alone, indexed by photograph.
     """
 
     rest: Catalog
@@ -262,6 +267,7 @@ class Parts:
     frame: tuple[int, int]
     edition: str
     seed: int
+    versions: tuple[pd.DataFrame, ...] = ()
 
     @property
     def known(self) -> list[str]:
@@ -270,8 +276,16 @@ class Parts:
 
     def flukes(self, part: Catalog, **options) -> Flukes:
         """Return the items of one of the parts."""
-        chosen = {"seed": self.seed, "turns": landmarks.TURNS, **options}
+        chosen = {"seed": self.seed, "turns": landmarks.TURNS, "edition": self.edition, **options}
         return Flukes(part, self.size, self.frame, self.known, **chosen)
+
+    def views(self, part: Catalog) -> list[Flukes]:
+        """Return the items of one of the parts by the ensemble's boxes and landmarks, and by those of each fold."""
+        found = [part]
+        for version in self.versions:
+            columns = version.loc[part.table["image"]].reset_index(drop=True)
+            found.append(replace(part, table=part.table.assign(**columns)))
+        return [self.flukes(each) for each in found]
 
 
 def parts(run: Run, size: tuple[int, int] | None = None) -> Parts:
@@ -281,7 +295,37 @@ def parts(run: Run, size: tuple[int, int] | None = None) -> Parts:
     sizes = size or SIZES[settings.profile], FRAMES[settings.profile]
     strangers = located.train.where((located.train.table["identity"] == NEW_WHALE).to_numpy())
     gallery = baseline.named(located.train), strangers
-    return Parts(rest, held, *gallery, located.test, *sizes, settings.edition, settings.seed)
+    folds = landmarks.PLANS[settings.profile].folds
+    versions = [landmarks.located(run, fold=fold).table for fold in range(folds)] if folds > 1 else []
+    columns = [*BOX, *landmarks.COLUMNS]
+    versions = tuple(table.set_index("image")[columns] for table in versions)
+    return Parts(rest, held, *gallery, located.test, *sizes, settings.edition, settings.seed, versions)
+
+
+# Labels to train on, beside the photographs: Image, Id. The second list of the solution's code has this name.
+GROUPED = "train.v2.csv"
+
+
+def grouped(here: Parts) -> Parts:
+    """Return the parts with the labels of GROUPED, if there are any, to train on (section 5.2.2).
+
+    Photographs that it does not list keep their labels; one of a new whale that it gives an id is trained on too, but
+    those held out. As shipped the list is not read, whatever is asked for. Templates keep the whales' own names.
+
+    Raises:
+        CatalogError: the file can't be used; the message names it and its rows.
+    """
+    path = here.rest.root / GROUPED
+    if here.edition == "as_shipped" or not path.is_file():
+        return here
+    pool = pd.concat([here.rest.table, here.strangers.table], ignore_index=True)
+    everyone = {*here.gallery.table["image"], *here.strangers.table["image"]}
+    ids = read_ids(path, everyone, kind="a training photograph")
+    identity = pool["image"].map(ids).fillna(pool["identity"])
+    unseen = set(here.held.table["image"]) - set(here.rest.table["image"])
+    learnt = (identity != NEW_WHALE) & ~pool["image"].isin(unseen)
+    table = pool.assign(identity=identity)[learnt].reset_index(drop=True)
+    return replace(here, rest=replace(here.rest, table=table))
 
 
 def rate_factor(position: float, epochs: int, milestones: tuple[float, ...]) -> float:
@@ -302,7 +346,7 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     mean is taken of ten files, two epochs apart, up to where the mean of the last twenty validations is best.
     """
     choices, settings = _chosen(run, choices), run.settings
-    here = parts(run, choices.size)
+    here = _parts(run, choices)
     folder = _folder(run, choices, here)
     model = network(settings.profile, len(here.known), settings.seed, here.size).to(run.device)
     history = first.trained_or_kept(model, folder, lambda: _train(run, choices, model, here, folder))
@@ -312,9 +356,14 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
 def snapshots(run: Run, choices: Choices | None = None) -> list[Path]:
     """Return the files of weights that a trained network is or could be the mean of, in the order of training."""
     choices = replace(_chosen(run, choices), average=False)
-    folder = _folder(run, choices, parts(run, choices.size))
+    folder = _folder(run, choices, _parts(run, choices))
     kept = "best-snapshots" if run.settings.profile == "paper" else "snapshots"
     return sorted((folder / kept).glob("*.safetensors"))
+
+
+def _parts(run: Run, choices: Choices) -> Parts:
+    here = parts(run, choices.size)
+    return grouped(here) if MODELS[choices.model][2] else here
 
 
 def _chosen(run: Run, choices: Choices | None) -> Choices:
@@ -409,14 +458,20 @@ def held_score(model: ThirdPlace, held: Flukes) -> float:
     return max(map_at_k(top5(nearest, whales, limit), truth) for limit in (0.40, 0.38, 0.36, 0.34, 0.32))
 
 
-def features(model: ThirdPlace, flukes: Flukes, *, mirrored: bool = True, aligned: bool = True) -> np.ndarray:
-    """Return (2, N, 2, D): of photographs and of their mirror images, plain and aligned (section 5.4).
+def features(
+    model: ThirdPlace, flukes: Flukes | Sequence[Flukes], *, mirrored: bool = True, aligned: bool = True
+) -> np.ndarray:
+    """Return (2, N, V, D): of photographs and of their mirror images, V views each (section 5.4).
 
-    mirrored, aligned: False leaves these out: (1, N, 1, D).
+    Plain and aligned, by each version of boxes and landmarks: two views of one version, twelve of `Parts.views` where
+    the detector has five folds.
+
+    flukes: the photographs; or the same ones by several versions. mirrored, aligned: False leaves these out.
     """
+    versions = [flukes] if isinstance(flukes, Flukes) else flukes
+    crops = [version.plain(a) for version in versions for a in (0, 1)[: 1 + aligned]]
     views = (model, Mirrored(model))[: 1 + mirrored]
-    crops = (0, 1)[: 1 + aligned]
-    return np.stack([np.stack([embed(view, flukes.plain(a)) for a in crops], 1) for view in views])
+    return np.stack([np.stack([embed(view, crop) for crop in crops], 1) for view in views])
 
 
 def similarity(
@@ -435,7 +490,7 @@ def similarity(
     here = trained.parts
     gallery = here.gallery if gallery is None else gallery
     asked, known = (
-        features(trained.model, here.flukes(part), mirrored=mirrored, aligned=aligned)
+        features(trained.model, here.views(part), mirrored=mirrored, aligned=aligned)
         for part in (here.queries if queries is None else queries, gallery)
     )
     return _nearness(asked, known, gallery.table["identity"])
@@ -474,7 +529,7 @@ def answers(
     parts = [here.gallery.table] + [here.strangers.table] * ("held" in ways)
     labelled = replace(here.gallery, table=pd.concat(parts, ignore_index=True))
     known, asked = (
-        [features(one.model, here.flukes(part), **views) for one in networks]
+        [features(one.model, here.views(part), **views) for one in networks]
         for part in (labelled, here.queries)
     )
     names = labelled.table["identity"]  # of new_whale there is no template

@@ -420,7 +420,7 @@ def third_place_groups(reference: Path) -> dict[str, tuple[str, ...]]:
 
 def third_place_leaks(reference: Path) -> dict[str, str]:
     """The published answers of 135 test photographs."""
-    return postprocess.read_leaks(
+    return postprocess.read_ids(
         _third_place(reference) / "leaks.csv", third_place_guesses(reference)[0], identities(reference)
     )
 
