@@ -19,10 +19,11 @@ VENV = .venv
 BUILD = build
 # `make ledger` with uncommitted changes: the rows' commit is marked +dirty.
 ALLOW_DIRTY =
-# Full-size runs: which (`make paper-list`; several, parted by spaces), which folds of a detector, how many steps of a
-# trial.
+# Full-size runs: which (`make paper-list`; several, parted by spaces), which folds of a detector, how many images a
+# batch, how many steps of a trial.
 MODEL =
 FOLD =
+BATCH =
 STEPS =
 # Who does the tasks of `make graph`: local or ray.
 ENGINE = local
@@ -31,12 +32,28 @@ FILE =
 MESSAGE =
 SEND =
 
-KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD STEPS ENGINE FILE MESSAGE SEND WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE WHALE_WEIGHTS
-GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD BATCH STEPS ENGINE FILE MESSAGE SEND WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE WHALE_WEIGHTS
+given = $(findstring command line,$(origin $(1)))
+GIVEN = $(foreach name,$(.VARIABLES),$(if $(call given,$(name)),$(name)))
 UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
 ifneq ($(UNKNOWN),)
 $(error unknown parameter $(UNKNOWN); the parameters are $(KNOWN))
 endif
+# What each target takes, besides VENV and the variables WHALE_*. `make test` hands what it is given on to install.
+SETTINGS = DATA PROFILE EDITION SEED DEVICE
+TAKES_course = $(SETTINGS) NOTEBOOKS JOBS BUILD
+TAKES_figures = $(TAKES_course)
+TAKES_ledger = $(SETTINGS) NOTEBOOKS BUILD ALLOW_DIRTY
+TAKES_refresh = NOTEBOOKS
+TAKES_test = JOBS
+TAKES_paper-list = PROFILE EDITION
+TAKES_paper = $(SETTINGS) MODEL FOLD BATCH STEPS
+TAKES_graph = $(SETTINGS) MODEL ENGINE BUILD
+TAKES_submit = FILE MESSAGE SEND
+TAKES_help = $(KNOWN)
+TAKES_install = $(TAKES_test)
+$(foreach target,$(MAKECMDGOALS),$(foreach name,$(filter-out VENV WHALE_% $(TAKES_$(target)),$(GIVEN)),$(error \
+  make $(target) doesn't take $(name); it takes $(or $(TAKES_$(target)),no parameters))))
 ifneq ($(filter-out 1,$(ALLOW_DIRTY)),)
 $(error ALLOW_DIRTY = $(ALLOW_DIRTY): leave it empty or give 1)
 endif
@@ -45,7 +62,7 @@ $(error SEND = $(SEND): leave it empty or give 1)
 endif
 
 # Exported, so that recipes can quote them whatever characters they hold.
-export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD STEPS ENGINE FILE MESSAGE
+export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD BATCH STEPS ENGINE FILE MESSAGE
 ifneq ($(WHALE_REFERENCE),)
 REFERENCE := $(shell cd '$(WHALE_REFERENCE)' 2>/dev/null && pwd)
 ifeq ($(REFERENCE),)
@@ -60,6 +77,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PYTHON = $(VENV)/bin/python
 CHOICE = --data "$$DATA" --profile "$$PROFILE" --edition "$$EDITION" --seed "$$SEED" --device "$$DEVICE" \
 	--notebooks "$$NOTEBOOKS" --build "$$BUILD"
+# Full-size runs are of the profile paper, unless another one is given.
+FULL_SIZE = $(if $(call given,PROFILE),--profile "$$PROFILE")
 
 help:
 	@echo 'make course    execute the notebooks that are not up to date; pages, figures and results in build/'
@@ -69,7 +88,7 @@ help:
 	@echo 'make ledger    measure apart from the course, and enter the values in data/results/ledger.csv'
 	@echo 'make refresh   execute the notebooks in place, keeping their new outputs'
 	@echo 'make bench     measure how fast the parts are; tables in data/bench/ (under ten minutes)'
-	@echo 'make data      fetch the contest with the client of Kaggle into data/kaggle/'
+	@echo 'make data      fetch the contest with the client of Kaggle into data/humpback-whale-identification/'
 	@echo 'make weights   fetch the ImageNet weights of the published networks into data/weights/'
 	@echo 'make paper-list   list the full-size runs: size, batch, epochs, hours'
 	@echo 'make paper     train full-size runs, or try them'
@@ -77,25 +96,31 @@ help:
 	@echo 'make submit    check a submission and show what would be sent, or send it'
 	@echo 'make clean     remove build/ and the caches (the environment and the data stay)'
 	@echo
-	@echo 'Parameters of course, figures and ledger, with their defaults:'
+	@echo 'What takes which parameters (all: VENV):'
+	@$(foreach target,course figures ledger refresh test paper-list paper graph submit,\
+	  printf '  %-10s  %s\n' $(target) '$(TAKES_$(target))';)
+	@echo
+	@echo 'Parameters with their defaults:'
 	@echo '  DATA=world              world:tiny, world:lab, world:competition, kaggle, or the path of a folder or CSV'
-	@echo '  PROFILE=lab             lab (a laptop), small (a laptop, a night) or paper (the published sizes)'
+	@echo '  PROFILE=lab             lab (a laptop), small (a laptop, a night) or paper (the published sizes; the default of'
+	@echo '                          paper and paper-list)'
 	@echo '  EDITION=as_described    as_described (the report) or as_shipped (the code of the solutions)'
 	@echo '  SEED=0                  a whole number; for ledger also several: SEED=0,1,2'
 	@echo '  DEVICE=auto             auto, cpu or cuda'
-	@echo '  NOTEBOOKS="02_* 01_02"  only these (course, figures, ledger, refresh)'
-	@echo '  JOBS=auto               how many at a time (course, figures, test): a number; auto is two more than cores'
+	@echo '  NOTEBOOKS="02_* 01_02"  only these'
+	@echo '  JOBS=auto               how many at a time: a number; auto is two more than cores'
 	@echo '                          (test: one a core), 4 at most, and 1 notebook where it needs all (paper, cuda)'
 	@echo '  BUILD=build             where executed notebooks, pages and results go'
 	@echo '  VENV=.venv              the Python environment; made when missing'
-	@echo '  ALLOW_DIRTY=1           ledger only: enter values of code that is not committed'
-	@echo '  MODEL="4.2/a 5.2/*"     paper, graph: these runs of make paper-list (default: all)'
-	@echo '  FOLD=0                  paper: these folds of the landmark detectors'
-	@echo '  STEPS=2                 paper: a trial of so many steps, which keeps nothing'
-	@echo '  ENGINE=local            graph: local, or ray (RAY_ADDRESS: of a cluster; pip install -e .[cluster])'
-	@echo '  FILE=submission.csv     submit: what to check'
-	@echo '  MESSAGE="first try"     submit: what Kaggle shows beside it'
-	@echo '  SEND=1                  submit: send it, in place of showing what would be sent'
+	@echo '  ALLOW_DIRTY=1           enter values of code that is not committed'
+	@echo '  MODEL="4.2/a 5.2/*"     these runs of make paper-list (default: all)'
+	@echo '  FOLD=0                  these folds of the landmark detectors'
+	@echo '  BATCH=16                so many images a batch, in place of the published number'
+	@echo '  STEPS=2                 a trial of so many steps, which keeps nothing'
+	@echo '  ENGINE=local            local, or ray (RAY_ADDRESS: of a cluster; pip install -e .[cluster])'
+	@echo '  FILE=submission.csv     what to check'
+	@echo '  MESSAGE="first try"     what Kaggle shows beside it'
+	@echo '  SEND=1                  send it, in place of showing what would be sent'
 
 # ---- the environment: made once, brought up to date when pyproject.toml, constraints.txt or the place changes
 STAMP = $(VENV)/.whalelib
@@ -137,14 +162,15 @@ weights: install
 	@$(PYTHON) -m whalelib.weights
 
 paper-list: install
-	@$(PYTHON) -m whalelib.paper list
+	@$(PYTHON) -m whalelib.paper list --edition "$$EDITION" $(FULL_SIZE)
 
 paper: install
 	@$(PYTHON) -m whalelib.paper run --data "$$DATA" --edition "$$EDITION" --seed "$$SEED" --device "$$DEVICE" \
-	  $(if $(MODEL),--model "$$MODEL") $(if $(FOLD),--fold "$$FOLD") $(if $(STEPS),--steps "$$STEPS")
+	  $(FULL_SIZE) $(if $(MODEL),--model "$$MODEL") $(if $(FOLD),--fold "$$FOLD") $(if $(BATCH),--batch "$$BATCH") \
+	  $(if $(STEPS),--steps "$$STEPS")
 
 graph: install
-	@$(PYTHON) -m whalelib.graph --data "$$DATA" --profile "$$PROFILE" --edition "$$EDITION" --seed "$$SEED" \
+	@$(if $(call given,BUILD),WHALE_BUILD="$$BUILD") $(PYTHON) -m whalelib.graph --data "$$DATA" --profile "$$PROFILE" --edition "$$EDITION" --seed "$$SEED" \
 	  --device "$$DEVICE" --engine "$$ENGINE" $(if $(MODEL),--model "$$MODEL")
 
 course: install

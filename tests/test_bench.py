@@ -67,6 +67,25 @@ def test_the_nearest_are_found_whatever_the_chunk(gallery, count, chunk, faiss):
     assert np.allclose(cosines, np.take_along_axis(rows[0] @ rows[1].T, expected, 1), atol=1e-6)
 
 
+def test_the_third_solutions_comparison_at_the_contests_size():
+    row = bench._apart("twelve_views()")
+    assert row["GB"] < 2
+    assert row["processor seconds"] < 20  # ten on two cores
+
+
+def test_the_fast_layout_learns_the_same():
+    plain, fast = (bench.lab_step(variant, seconds=0)["losses"] for variant in ("plain", "channels last"))
+    assert fast == pytest.approx(plain, abs=5e-3)
+
+
+@pytest.mark.parametrize("name", bench.LAB)
+def test_steps_of_the_labs_networks_are_timed(name):
+    row = bench.training_step(name, 8, channels_last=True, seconds=0)
+    assert row["images a second"] > 0
+    assert row["TFLOP/s"] > 0
+    assert np.isfinite(row["loss"])
+
+
 def test_an_empty_gallery():
     with pytest.raises(ValueError, match="empty"):
         nearest(np.ones((1, 2)), np.ones((0, 2)))

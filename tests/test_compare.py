@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,15 @@ def test_without_new_whales_nobody_can_be_rejected():
     answer = Answer(np.array([["a"] + [None] * 4], dtype=object), 0, 0, np.array([[1.0]]), np.array(["a"]))
     found = compare.judged(answer, np.array(["a"], dtype=object), np.array([1]))
     assert np.isnan([found["new"], found["rejection"]]).all()
+
+
+def test_processes_that_train_the_baseline_together_keep_none_out(six_animals, monkeypatch):
+    folders = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("fcntl.flock", lambda file, _: folders.append(Path(file.name).parent.name))
+    monkeypatch.setattr(baseline, "fit", lambda *_, **__: pd.DataFrame({"steps": [1]}))
+    baseline.trained(six_animals)
+    assert {name.partition("-")[0] for name in folders} == {"pixels"}
 
 
 def test_all_see_as_many_images_as_the_baseline_under_every_profile(contest, monkeypatch):

@@ -598,7 +598,10 @@ ROOT = project_root()
 
 
 def make(*arguments):
-    return subprocess.run(["make", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
+    own = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}  # that of `make test`
+    return subprocess.run(
+        ["make", "-C", ROOT, *arguments], capture_output=True, text=True, check=False, env=own
+    )
 
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
@@ -614,6 +617,29 @@ def test_make_refuses_unknown_parameters():
 
 
 @needs_make
+def test_make_refuses_what_a_target_does_not_take_and_hands_on_the_rest():
+    for target, wrong in (
+        ("graph", "FOLD=0"),
+        ("paper-list", "SEED=1"),
+        ("lab", "DATA=world"),
+        ("clean", "BUILD=x"),
+    ):
+        done = make("-n", target, wrong)
+        assert done.returncode == 2
+        assert f"make {target} doesn't take {wrong.split('=')[0]}; it takes " in done.stderr
+    for target, given, told in (
+        ("paper", "PROFILE=small", '--profile "$PROFILE"'),
+        ("paper", "BATCH=8", '--batch "$BATCH"'),
+        ("paper-list", "PROFILE=lab", '--profile "$PROFILE"'),
+        ("paper-list", "EDITION=as_shipped", '--edition "$EDITION"'),
+        ("graph", "BUILD=x", 'WHALE_BUILD="$BUILD"'),
+        ("test", "JOBS=2", '-n "$JOBS"'),
+    ):
+        assert told in make("-n", target, given).stdout
+    assert "--profile" not in make("-n", "paper").stdout  # it has its own default
+
+
+@needs_make
 def test_make_help_tells_every_target_and_parameter():
     text = make("help").stdout
     source = (ROOT / "Makefile").read_text()
@@ -623,6 +649,7 @@ def test_make_help_tells_every_target_and_parameter():
     known = re.search(r"^KNOWN = (.*)$", source, re.M)[1].split()
     for name in known:
         assert name.startswith("WHALE_") or f"  {name}=" in text
+    assert re.search("^  paper-list +PROFILE EDITION$", text, re.M)
 
 
 def requirements():

@@ -278,12 +278,13 @@ def unclosed(path):
 def test_a_damaged_file_of_pixels_is_made_anew(catalog, tmp_path, damage):
     kept = tmp_path / "kept"
     expected = pixels_of(Photographs(catalog, SIZE, folder=kept))
-    (path,) = kept.iterdir()
+    (path,) = kept.glob("*.npy")
     whole = path.read_bytes()
     damage(path)
     assert np.array_equal(pixels_of(Photographs(catalog, SIZE, folder=kept)), expected)
     assert path.read_bytes() == whole
-    assert list(kept.iterdir()) == [path]
+    assert [*kept.glob("*.npy")] == [path]
+    assert [*half_written(kept)] == [kept / ".lock"]
 
 
 def test_a_changed_photograph_is_decoded_again(catalog, tmp_path):
@@ -313,7 +314,9 @@ def test_a_photograph_that_vanished(catalog, tmp_path, options):
     path.unlink()
     with pytest.raises(PhotographError, match=f"{path}: the file is missing"):
         Photographs(catalog, SIZE, **options | kept).pixels(7)
-    assert not kept or not list(kept["folder"].iterdir())
+    assert not kept or half_written(kept["folder"]) == [*kept["folder"].iterdir()] == [
+        kept["folder"] / ".lock"
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -353,3 +356,11 @@ def test_two_processes_take_each_image_of_a_batch_once(trainings, tmp_path, samp
     pd.testing.assert_frame_equal(log, expected_log, rtol=1e-4)
     for name, value in expected.items():
         assert torch.allclose(tensors[name], value, atol=1e-5), name
+
+
+def test_two_processes_have_what_the_first_of_them_keeps(trainings, tmp_path):
+    found = trainings(tmp_path, work="kept", processes=2)
+    assert found["codes"] == [0, 0], found["said"][-1]
+    assert {said["rank"] for said in found["said"] if "wrote" in said} == {"0"}
+    kept = load_file(tmp_path / "trained.safetensors")["1.weight"].sum().item()
+    assert [said["sum"] for said in found["said"] if "sum" in said] == [kept, kept]

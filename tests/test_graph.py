@@ -99,7 +99,7 @@ def test_a_failure_leaves_undone_what_needs_it_and_nothing_else(places, capsys):
     assert log.count("a") == 1
 
 
-def test_a_task_whose_file_is_gone_is_done_again(places):
+def test_a_task_whose_file_is_gone_or_another_is_done_again(places):
     path, log = places / "made.txt", []
     task = Task("makes a file / of text", lambda: log.append(path.write_text("x")) or {"files": [str(path)]})
     for _ in range(2):
@@ -107,6 +107,9 @@ def test_a_task_whose_file_is_gone_is_done_again(places):
     path.unlink()
     execute([task], Local())
     assert len(log) == 2
+    path.write_text("y")  # as another choice of networks may
+    execute([task], Local())
+    assert (len(log), path.read_text()) == (3, "x")
     found = marker(task.name, keys([task])[task.name])
     assert found.parent == places / "cache" / "graph"
     assert json.loads(found.read_text())["result"]["files"] == [str(path)]
@@ -244,6 +247,21 @@ def test_the_command_lists_the_tasks(with_tests, capsys):
     assert "ensemble of 5.2" in out
     assert graph.main(["--model", "none", *options[:2]]) == 2
     assert "no run matches 'none'" in capsys.readouterr().err
+
+
+def test_the_command_says_how_to_give_extra_photographs(with_tests, capsys):
+    assert graph.main(["--data", with_tests.data, "--model", "3.2/*"]) == 2
+    assert f"--extra, or have it as {with_tests.data}/earlier" in capsys.readouterr().err
+
+
+def test_cores_are_told_to_the_tasks(with_tests, monkeypatch):
+    monkeypatch.setenv("WHALE_CPUS", "")
+    monkeypatch.setattr(graph, "execute", lambda *_: [])
+    options = ["--data", with_tests.data, "--model", "5.2/1"]
+    assert graph.main(options) == 0
+    assert os.environ["WHALE_CPUS"] == ""
+    assert graph.main([*options, "--cpus", "6"]) == 0
+    assert os.environ["WHALE_CPUS"] == "6"
 
 
 def test_the_command_says_what_is_not_done(with_tests, monkeypatch, capsys):

@@ -93,7 +93,7 @@ def contents(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".zip"
+        if path.is_file() and path.suffix != ".zip" and path.name != ".lock"
     }
 
 

@@ -17,6 +17,7 @@ from whalelib.locate import MASK_SIZE, decode_rle, encode_rle, mask_box
 from whalelib.metrics import box_iou, mask_iou
 from whalelib.models import lite0
 from whalelib.run import Run, Settings
+from whalelib.train import save_weights
 
 BOX = ["x0", "y0", "x1", "y1"]
 
@@ -425,6 +426,17 @@ def test_the_truth_of_a_world_is_not_supplied(places, model, monkeypatch):
         assert set(catalog.table["mask_from"]) <= {"found", "none"}
         assert catalog.table["mask"].isna().all()
         assert (catalog.table["x0"] - world.table["x0"]).abs().max() > 1
+
+
+def test_processes_that_train_together_keep_none_out(tmp_path, monkeypatch):
+    """Each waits for the others within the training; all have the weights that the first writes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("fcntl.flock", None)
+    path, theirs, own = tmp_path / "weights.safetensors", nn.Linear(2, 2), nn.Linear(2, 2)
+    found = locate.trained_once(path, None, lambda: (own, save_weights(theirs, path)))
+    assert torch.equal(found.weight, theirs.weight)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_the_model_is_trained_once_for_all_data_profiles_and_editions(places, folder, monkeypatch):

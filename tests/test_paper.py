@@ -280,3 +280,26 @@ def test_several_runs_are_done_one_by_one_and_one_that_fails_stops_no_other(monk
     assert done == ["5.2/1", "5.2/2", "5.2/3"]
     assert "1 of 3 runs failed: 5.2/2" in capsys.readouterr().err
     assert paper.main(["run", "--model", "5.2/1,5.2/3", "--steps", "2"]) == 0
+
+
+def test_processes_that_train_together_take_one_run(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(paper, "_apart", lambda *_: 0)
+    assert paper.main(["run", "--model", "5.2/*"]) == 2
+    assert (
+        "several processes (torchrun) train one run, not 3: choose it with --model" in capsys.readouterr().err
+    )
+
+
+def test_all_runs_are_those_whose_photographs_are_there(six_animals, monkeypatch, capsys):
+    done, data = [], six_animals.settings.data
+    monkeypatch.setattr(paper, "_apart", lambda row, _: done.append(row.name))
+    options = ["run", "--profile", "lab", "--data", data]
+    assert paper.main(options) == 0
+    assert len(done) == len(paper.rows("lab")) - 1
+    assert "left out: 3.2/2 takes labelled photographs of an earlier contest" in capsys.readouterr().out
+    assert paper.main([*options, "--model", "3.2/*"]) == 2
+    assert f"--extra, or have it as {data}/earlier" in capsys.readouterr().err
+    (six_animals.catalog.root / "earlier").mkdir()
+    assert paper.main(options) == 0
+    assert done[-len(paper.rows("lab")) :] == [row.name for row in paper.rows("lab")]

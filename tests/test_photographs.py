@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import albumentations as A
@@ -155,7 +156,15 @@ def test_a_file_saves_decoding(catalog, monkeypatch, tmp_path):
     Photographs(catalog, (24, 24), folder=tmp_path)
     Photographs(catalog.where(np.arange(6) < 3), SIZE, folder=tmp_path)
     assert len(reads) == 15
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("*.npy"))) == 3
+
+
+def test_two_at_a_time_decode_once(catalog, monkeypatch, tmp_path):
+    reads = count_reads(monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: Photographs(catalog, SIZE, folder=tmp_path), range(2)))
+    assert len(reads) == 6
+    assert np.array_equal(found[0].pixels(5), found[1].pixels(5))
 
 
 def test_an_interrupted_file_is_not_kept(catalog, monkeypatch, tmp_path):
@@ -165,7 +174,7 @@ def test_an_interrupted_file_is_not_kept(catalog, monkeypatch, tmp_path):
     monkeypatch.setattr(photographs, "read_image", fail)
     with pytest.raises(KeyboardInterrupt):
         Photographs(catalog, SIZE, folder=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("[!.]*"))
 
 
 def test_boxes(catalog):

@@ -10,12 +10,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 import whalelib
 from whalelib import ledger
 from whalelib.ledger import LEDGER_COLUMNS, LedgerError, append_ledger, commit_of, read_ledger, read_rows
-from whalelib.run import Run, Settings, figures_folder, sources_hash, start
+from whalelib.plots import PALETTE
+from whalelib.run import LARGE_FIGURE, Run, Settings, figures_folder, sources_hash, start
 
 
 @pytest.fixture
@@ -123,6 +124,20 @@ def test_missing_cuda_is_an_error(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no CUDA device"):
         start("02_01", device="cuda")
+
+
+def test_processes_that_load_are_a_share_of_the_cores(monkeypatch):
+    run = Run("02_01", Settings(profile="paper"))
+    run.device = "cuda"
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12), raising=False)
+
+    def workers(processes="1", cores=""):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        monkeypatch.setenv("WHALE_CPUS", cores)
+        return run.resources["workers"]
+
+    assert [workers(), workers("4"), workers("24")] == [11, 2, 1]
+    assert [workers("4", "6"), workers("1", "1"), workers("1", "64")] == [5, 1, 15]
 
 
 def test_importing_the_package_is_light():
@@ -395,6 +410,32 @@ def test_a_large_figure_keeps_fewer_colours_and_pixels(places, monkeypatch):
     with Image.open(places / "figures" / "02_01_noise.png") as image:
         assert image.mode == "P"
         assert image.width < 300
+
+
+def test_markers_keep_their_colours_in_a_large_figure_of_a_photograph(places, monkeypatch):
+    monkeypatch.setenv("WHALE_FIGURES", str(places / "figures"))
+    generator = np.random.default_rng(0)
+    sea = np.array([35, 80, 140]) + 25 * generator.standard_normal((400, 700, 1))
+    sea[150:300, 200:500] -= 60
+    figure = plt.figure(figsize=(7, 4))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(sea.clip(0, 255).astype(np.uint8))
+    axis.axis("off")
+    colours = {(60 + 110 * place, 60 + 50 * place): colour for place, colour in enumerate(PALETTE[:6])}
+    for (x, y), colour in colours.items():
+        axis.plot(x, y, "o", color=colour, markersize=6, markeredgecolor="white")
+    run, path = Run("02_01", Settings(data="world:tiny")), places / "figures" / "02_01_markers.png"
+    run.save_figure(figure, "markers", pd.DataFrame({"a": [1]}))
+    first = path.read_bytes()
+    run.save_figure(figure, "markers", pd.DataFrame({"a": [1]}))
+    assert path.read_bytes() == first
+    assert len(first) <= LARGE_FIGURE
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        pixels, scale = np.asarray(image.convert("RGB")).astype(int), image.width / 700
+    for (x, y), colour in colours.items():
+        found = pixels[round((y + 0.5) * scale), round((x + 0.5) * scale)]
+        assert np.abs(found - ImageColor.getrgb(colour)).max() <= 4, (colour, found)
 
 
 def test_rows_of_carry_the_runs_settings(animals):

@@ -103,7 +103,7 @@ def test_fetched_once(server, place, two):
     assert (place / file).read_bytes() == two[file]
     assert server.asked == [(f"/{file}", None)]
     assert weights.found("senet154") == place / file
-    assert [path.name for path in place.iterdir()] == [file]
+    assert [path.name for path in place.glob("[!.]*")] == [file]
 
 
 def test_the_environment_comes_first(place, two, monkeypatch):
@@ -124,7 +124,7 @@ def test_the_next_address_is_tried(server, place, two, broken, capsys):
     assert f"not from {server.url(own)}: " in out
     assert ("HTTP Error 404" if broken == "missing" else "not the expected weights") in out
     assert f"{mirror}: perhaps others" in out
-    assert [path.name for path in place.iterdir()] == [mirror]
+    assert [path.name for path in place.glob("[!.]*")] == [mirror]
 
 
 def test_no_address_works(server, place, two):
@@ -134,7 +134,7 @@ def test_no_address_works(server, place, two):
         WeightsError, match=rf"(?s)senet154 can't be had:.*{own}: not the expected.*{mirror}: HTTP.*--from"
     ):
         weights.fetch("senet154")
-    assert list(place.iterdir()) == []
+    assert list(place.glob("[!.]*")) == []
 
 
 def test_a_server_that_is_not_there(place, monkeypatch):
@@ -205,7 +205,7 @@ def test_what_can_hold_code_is_not_taken(server, place, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "sources", lambda _: tuple(found))
     with pytest.raises(WeightsError, match=r"(?s)code\.pth: \w.*oldest\.pth: \w"):
         weights.fetch("senet154")
-    assert list(place.iterdir()) == []
+    assert list(place.glob("[!.]*")) == []
 
 
 def test_from_a_folder_whatever_the_name(server, place, two, tmp_path):

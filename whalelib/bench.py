@@ -55,28 +55,39 @@ NETWORKS = {
     },
     "densenet121": ("third", None, 3, third.SIZES["paper"], third.BATCH),
 }
+# The same of the lab, whose networks are of one backbone.
+LAB = {
+    "lab: baseline": ("baseline", None, 3, baseline.SIZES["lab"], 32),
+    "lab: first": ("first", None, 4, first.SIZES["lab"], 4 * first.BATCH["lab"]),
+    "lab: second": ("second", None, 3, second.SIZES["lab"][0], second.BATCH["lab"]),
+    "lab: third": ("third", None, 3, third.SIZES["lab"], third.BATCH),
+}
 
 
-def paper_network(name: str) -> tuple[nn.Module, Callable, Callable]:
-    """Return one of NETWORKS as the `paper` profile has it, its loss, and what makes its optimizer."""
-    recipe, backbone = NETWORKS[name][:2]
+def network(name: str) -> tuple[nn.Module, Callable, Callable]:
+    """Return one of NETWORKS, as the `paper` profile has it, or of LAB; its loss, and what makes its optimizer."""
+    recipe, backbone = (NETWORKS | LAB)[name][:2]
+    profile = "lab" if name in LAB else "paper"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights will do
+        if recipe == "baseline":
+            found = baseline.network(WHALES, 0)
+            return found, lambda *both: {"loss": baseline.loss(*both)}, baseline.optimizer
         if recipe == "first":
-            return first.network("paper", WHALES, "as_described", 0), first.loss, first.optimizer
+            return first.network(profile, WHALES, "as_described", 0), first.loss, first.optimizer
         if recipe == "second":
-            network = second.network("paper", WHALES, "as_described", 0, backbone)
-            return network, second.Loss("as_described", 100, second.MARGIN["as_described"]), second.optimizer
-        return third.network("paper", WHALES, 0), third.loss, third.optimizer
+            found = second.network(profile, WHALES, "as_described", 0, backbone)
+            return found, second.Loss("as_described", 100, second.MARGIN["as_described"]), second.optimizer
+        return third.network(profile, WHALES, 0), third.loss, third.optimizer
 
 
-def paper_batch(name: str, images: int, device: str) -> dict[str, torch.Tensor]:
+def batch_for(name: str, images: int, device: str) -> dict[str, torch.Tensor]:
     """Return random images and labels as the network is trained on: pairs, and for the first two some new whales."""
-    recipe, _, channels, size, _ = NETWORKS[name]
+    recipe, _, channels, size, _ = (NETWORKS | LAB)[name]
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(WHALES, (images,), generator=generator)
     labels[1::2] = labels[::2][: len(labels[1::2])]
-    if recipe != "third":
+    if recipe in ("first", "second"):
         labels[3::4] = 2 * WHALES
     pixels = torch.rand(images, channels, *size, generator=generator)
     return {"image": pixels.to(device), "label": labels.to(device)}
@@ -92,10 +103,10 @@ def training_step(
     compiled: bool = False,
     seconds: float = 5.0,
 ) -> dict[str, object]:
-    """Time training steps of a full-size network on a batch that is on the device already.
+    """Time training steps of a network on a batch that is on the device already.
 
     Args:
-        name: one of NETWORKS.
+        name: one of NETWORKS or LAB.
         images: a batch; default the published one.
         device: "cpu" or "cuda".
         bf16: under autocast.
@@ -110,11 +121,11 @@ def training_step(
     keep_memory()
     torch.backends.cudnn.benchmark = True
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model, loss, optimizer = paper_network(name)
+    model, loss, optimizer = network(name)
     model = model.to(device, memory_format=layout).train()
     learner = optimizer(model)
-    images = images or NETWORKS[name][4]
-    batch = paper_batch(name, images, device)
+    images = images or (NETWORKS | LAB)[name][4]
+    batch = batch_for(name, images, device)
     batch["image"] = batch["image"].to(memory_format=layout)
     run = torch.compile(model) if compiled else model
 
@@ -160,8 +171,12 @@ def peak_memory(device: str) -> float:
 
 
 def matrix_peak(device: str = "cpu", bf16: bool = False, seconds: float = 1.0) -> float:
-    """Return the TFLOP/s of a large square matrix product, the best of several."""
-    side = PEAK_SIDE[device]
+    """Return the TFLOP/s of a large square matrix product, the best of several.
+
+    In float32 a GPU's convolutions multiply in TF32, unless told otherwise, and so does this product.
+    """
+    side, precision = PEAK_SIDE[device], torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     kind = torch.bfloat16 if bf16 else torch.float32
     one, other = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     one @ other
@@ -172,6 +187,7 @@ def matrix_peak(device: str = "cpu", bf16: bool = False, seconds: float = 1.0) -
         one @ other
         _wait(device)
         best = min(best, time.perf_counter() - began)
+    torch.set_float32_matmul_precision(precision)
     return 2 * side**3 / best / 1e12
 
 
@@ -192,19 +208,24 @@ class _Augmented(Dataset):
         return as_tensor(transformed(self.transform, (0, 0, index), self.pixels[index % len(self.pixels)]))
 
 
-def loader(name: str, workers: int, images: int = 2048) -> dict[str, object]:
-    """Return how many images a second so many processes augment for a network, and bring to the one that trains."""
+def loader(name: str, workers: int, rounds: int = 20) -> dict[str, object]:
+    """Return how many images a second so many processes augment for a network, and bring to the one that trains.
+
+    rounds: batches of each process, after the first.
+    """
     recipe, _, channels, size, batch = NETWORKS[name]
+    size = PIPELINES[recipe][1]
     transform = getattr(augment, f"{recipe}_place")(size)
-    data = _Augmented(transform, size, channels, images)
+    data = _Augmented(transform, size, channels, batch * max(workers, 1) * (rounds + 1))
     batches = DataLoader(data, batch_size=batch, num_workers=workers, prefetch_factor=4 if workers else None)
-    return {"network": name, "workers": workers, "images a second": _rate(batches)}
+    return {"network": name, "workers": workers, "images a second": _rate(batches, max(workers, 1))}
 
 
-def _rate(batches: Iterable[torch.Tensor]) -> float:
-    # What starting the processes takes is not in the time.
+def _rate(batches: Iterable[torch.Tensor], first: int) -> float:
+    # What starting the processes takes is not in the time, nor the first batches, which come at once.
     places = iter(batches)
-    next(places)
+    for _ in range(first):
+        next(places)
     began, seen = time.perf_counter(), 0
     for batch in places:
         seen += len(batch)
@@ -213,10 +234,11 @@ def _rate(batches: Iterable[torch.Tensor]) -> float:
 
 # ---- make bench
 
+# The table, (H, W) of what it is used on and its channels. The third solution crops afterwards.
 PIPELINES = {
     "first": (augment.FIRST_PLACE, first.SIZES["paper"], 4),
     "second": (augment.SECOND_PLACE, second.SIZES["paper"][0], 3),
-    "third": (augment.THIRD_PLACE, third.SIZES["paper"], 3),
+    "third": (augment.THIRD_PLACE, third.FRAMES["paper"], 3),
 }
 
 
@@ -369,7 +391,8 @@ def catalog_times(data: str = "world") -> list[dict[str, object]]:
 def retrieval(large: int = 1_000_000) -> list[dict[str, object]]:
     """Return what the five nearest of a gallery take: ours, sorted by NumPy, and by faiss (its exact search).
 
-    At the contest's size, with five guesses a query; and for some queries in a gallery of a million.
+    At the contest's size, with five guesses a query; and for some queries in a gallery of a million. And all that the
+    third solution compares, see :func:`twelve_views`.
     """
     rows = []
     for queries, gallery in ((7_960, 10_008), (256, large)):
@@ -394,6 +417,45 @@ def retrieval(large: int = 1_000_000) -> list[dict[str, object]]:
         for way, function in ways.items():
             took = min(_timed(function)[1] for _ in range(1 if "NumPy" in way else 2))
             rows.append({"queries": queries, "gallery": gallery, "way": way, "seconds": took})
+    return [*rows, _apart("twelve_views()")]
+
+
+def twelve_views(queries: int = 7_960, gallery: int = 10_008) -> dict[str, object]:
+    """Return what the third solution's comparison takes at the contest's size: three networks, four views of each.
+
+    Seconds and GB (1e9 bytes) at the peak, features and all. For a process of its own, whose memory it is.
+    """
+    generator = torch.Generator().manual_seed(0)
+    asked, known = (
+        F.normalize(torch.randn(12, count, 512, generator=generator), dim=2).numpy()
+        for count in (queries, gallery)
+    )
+    names = np.arange(gallery).astype(str)
+    began = time.process_time()
+    _, took = _timed(lambda: top5(template_similarity(asked, known), names, 0.385))
+    row = {
+        "queries": queries,
+        "gallery": gallery,
+        "way": "the third solution's twelve views",
+        "seconds": took,
+    }
+    return row | {"processor seconds": time.process_time() - began, "GB": peak_memory("cpu") * 2**30 / 1e9}
+
+
+def _apart(call: str) -> dict[str, object]:
+    """Return the row that a function of this module returns in a process of its own."""
+    code = f"import json; from whalelib import bench; print(json.dumps(bench.{call}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def training_steps() -> list[dict[str, object]]:
+    """Return :func:`training_step` of the LAB's networks, each in a process of its own, beside a matrix product."""
+    peak, rows = matrix_peak(), []
+    for name in LAB:
+        row = _apart(f"training_step({name!r}, channels_last=True)")
+        del row["device"]  # the table says on what it was measured
+        rows.append(row | {"share of peak": row["TFLOP/s"] / peak})
     return rows
 
 
@@ -438,11 +500,7 @@ def lab_steps() -> list[dict[str, object]]:
         for variant in STEP_VARIANTS:
             if "bf16" in variant and not torch.cpu._is_avx512_bf16_supported():
                 continue
-            code = (
-                f"import json; from whalelib.bench import lab_step; print(json.dumps(lab_step({variant!r})))"
-            )
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-            row = json.loads(done.stdout.splitlines()[-1])
+            row = _apart(f"lab_step({variant!r})")
             if variant not in best or row["images a second"] > best[variant]["images a second"]:
                 best[variant] = row
     plain = best["plain"]
@@ -474,6 +532,7 @@ TABLES: dict[str, Callable[[], list[dict[str, object]]]] = {
     "catalog": catalog_times,
     "retrieval": retrieval,
     "lab_step": lab_steps,
+    "training_step": training_steps,
     "course": course_times,
 }
 

@@ -2,9 +2,11 @@
 
 import fcntl
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 
@@ -16,7 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
     it was (killed in the moment when a folder takes another's place: no folder).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}-{path.name}")
+    # Processes on two machines that share the folder may have the same number.
+    part = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
         yield part
         if part.is_dir():
@@ -35,11 +38,33 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder (made when it is missing) while the block runs; another process that asks waits."""
+    """Hold a folder (made when it is missing) while the block runs; another process that asks waits.
+
+    What is locked is the file ``.lock`` in it: network file systems lock no folders. Where nothing can be written,
+    there is nothing to wait for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with (folder / ".lock").open("w") if os.access(folder, os.W_OK) else nullcontext() as file:
+        if file:
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
+
+
+@contextmanager
+def making(path: Path) -> Iterator[bool]:
+    """Hold a file's folder while the block trains a network for it, or finds it trained; another process waits.
+
+    Not so those that train one network together (torchrun): they wait for each other, so none may keep the others out.
+    The first of them writes the file, and at the end of the block the others wait until it is there.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Whether this process is to write it.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    with locked(path.parent) if int(os.environ.get("WORLD_SIZE", "1")) == 1 else nullcontext():
+        yield first
+        while not (first or path.exists()):
+            time.sleep(0.1)

@@ -59,8 +59,9 @@ class Task:
     """A piece of work that depends on others.
 
     name: its own; work: a command, or a function that returns what is worth keeping (a dict of plain values; under
-    "files" the paths without which it has to be done again), or None; depends: plain values that decide the result,
-    besides what the tasks in ``needs`` gave; gpus, cpus: that it takes, for an engine that counts them.
+    "files" the paths of what it wrote: once they are gone or overwritten it has to be done again), or None; depends:
+    plain values that decide the result, besides what the tasks in ``needs`` gave; gpus, cpus: that it takes, for an
+    engine that counts them.
 
     Work that is lost half-way is begun again: what it does must stand that, as `train.fit` does with its checkpoints.
     """
@@ -123,13 +124,22 @@ def marker(name: str, key: str) -> Path:
 
 
 def kept(name: str, key: str) -> dict | None:
-    """Return what a task gave when it was done under this hash; None when it was not, or lost its files."""
+    """Return what a task gave when it was done under this hash; None when it was not, or its files are others now."""
     try:
         done = json.loads(marker(name, key).read_text())
-        files, _ = done["result"].get("files", []), done["seconds"]
-    except (OSError, ValueError, KeyError, AttributeError):
+        # The same tasks of other networks or settings write under the same names.
+        whole = all(
+            os.path.getsize(path) == size and _sha256(path) == digest
+            for path, (size, digest) in done["written"].items()
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return done if all(map(os.path.exists, files)) else None
+    return done if whole else None
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def perform(task: Task, key: str, variables: Mapping[str, str] | None = None) -> dict:
@@ -146,13 +156,15 @@ def perform(task: Task, key: str, variables: Mapping[str, str] | None = None) ->
     os.environ.update(variables or {})
     began = time.monotonic()
     try:
-        result = task.work() if callable(task.work) else command(task.work)
+        result = dict((task.work() if callable(task.work) else command(task.work)) or {})
+        written = {path: (os.path.getsize(path), _sha256(path)) for path in result.get("files", [])}
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         return {"seconds": time.monotonic() - began, "error": f"{type(error).__name__}: {lines[0]}"}
-    about = {"task": task.name, "seconds": round(time.monotonic() - began, 1), "result": dict(result or {})}
+    about = {"task": task.name, "seconds": round(time.monotonic() - began, 1), "result": result}
     about |= {"host": platform.node(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    about |= {"written": written}
     with replacing(marker(task.name, key)) as part:
         part.write_text(json.dumps(about, indent=1))
     return about
@@ -344,8 +356,7 @@ def plan(
     patterns, settings = list(patterns), replace(settings, data=settings.source)  # the same path everywhere
     run = Run("graph", settings)
     chosen = paper.select(patterns, profile=settings.profile)
-    if not patterns and not paper.extra_folder(run.catalog, extra).is_dir():
-        chosen = [row for row in chosen if not row.extra]
+    chosen = paper.ready(chosen, run.catalog, extra, asked=bool(patterns or extra))
     table = {row.name: row for row in paper.rows(settings.profile)}
     wanted = {name for row in chosen for name in (row.name, *row.needs)}
     recipes = {table[name].recipe for name in wanted}
@@ -523,7 +534,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--extra", type=Path, help="folder of an earlier contest's photographs, for 3.2/2")
     parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
     parser.add_argument("--gpus", type=int, help="for a training (default: 1 where there are any)")
-    parser.add_argument("--cpus", type=int, default=1, help="for a training and GPU, on ray (default 1)")
+    parser.add_argument("--cpus", type=int, help="for a training and GPU (default: ray counts 1)")
     parser.add_argument("--retries", type=int, default=RETRIES, help="of a lost task, on ray")
     parser.add_argument("--list", action="store_true", help="print the tasks, and do nothing")
     return parser.parse_args(given)
@@ -555,7 +566,10 @@ def main(given: Sequence[str] | None = None) -> int:
         gpus = chosen.gpus
         if gpus is None:
             gpus = int(settings.device != "cpu" and engine.has_gpu())
-        tasks = plan(settings, paper.words(chosen.model), gpus=gpus, cpus=chosen.cpus, extra=chosen.extra)
+        if chosen.cpus:
+            os.environ["WHALE_CPUS"] = str(chosen.cpus)  # for the tasks, wherever they are done
+        models, cpus = paper.words(chosen.model), chosen.cpus or 1
+        tasks = plan(settings, models, gpus=gpus, cpus=cpus, extra=chosen.extra)
     except (GraphError, paper.PaperError, CatalogError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

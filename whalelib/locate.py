@@ -32,7 +32,7 @@ from whalelib.data.images import Box
 from whalelib.data.layouts import BOX, Folder, Problems, annotations, find_masks, read_lines
 from whalelib.data.masks import MASK_SIZE, decode_rle, encode_rle, mask_pixels
 from whalelib.data.photographs import Photographs
-from whalelib.files import locked, replacing
+from whalelib.files import locked, making, replacing
 from whalelib.models import LITE0_MEAN, LITE0_STD, lite0
 from whalelib.run import Run, Settings, place
 from whalelib.train import evaluating, fit, keep_memory, load_weights, save_weights, warm_cosine
@@ -200,14 +200,15 @@ def trained_once(
         make: returns the network that the weights are of.
         train: returns it trained, and the history.
     """
-    with locked(weights.parent):
+    with making(weights) as writes:
         if weights.exists():
             model = make()
-            load_weights(model, weights)
-            return model.eval()
-        model, history = train()
-        history.to_csv(weights.with_name("history.csv"), index=False)
-        save_weights(model, weights)
+        else:
+            model, history = train()
+            if writes:
+                history.to_csv(weights.with_name("history.csv"), index=False)
+                save_weights(model, weights)
+    load_weights(model, weights)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ how much memory, before days are spent.
 """
 
 import argparse
+import os
 import re
 import shutil
 import signal
@@ -304,14 +305,9 @@ def data_of(row: Row, settings: Settings, *, extra: Path | str | None = None, bo
     if boxes not in BOXES:
         raise PaperError(f"boxes = {boxes!r}: choose one of {', '.join(BOXES)}")
     run = Run("paper", settings)
+    ready([row], run.catalog, extra)
     if row.extra:
-        folder = extra_folder(run.catalog, extra)
-        if not folder.is_dir():
-            raise PaperError(
-                f"{row.name} takes labelled photographs of an earlier contest too: give their folder "
-                f"(train.csv, train/) with --extra; {folder} is none"
-            )
-        run.catalog = with_extra(run.catalog, folder)
+        run.catalog = with_extra(run.catalog, extra_folder(run.catalog, extra))
     if boxes == "true" and row.recipe in RECIPES:
         run.catalog = marked(run.catalog, place("WHALE_CACHE", "data/cache"))
     return run
@@ -320,6 +316,35 @@ def data_of(row: Row, settings: Settings, *, extra: Path | str | None = None, bo
 def extra_folder(catalog: Catalog, extra: Path | str | None = None) -> Path:
     """Return where an earlier contest's photographs are: the folder given, or "earlier" beside the data."""
     return Path(extra) if extra else catalog.root / "earlier"
+
+
+def ready(
+    chosen: Iterable[Row], catalog: Catalog, extra: Path | str | None = None, *, asked: bool = True
+) -> list[Row]:
+    """Return the rows whose photographs are there.
+
+    Args:
+        chosen: rows of the table.
+        catalog: of the data.
+        extra: as of :func:`data_of`.
+        asked: by name; else a row that lacks photographs is left out, and a line says so.
+
+    Raises:
+        PaperError: a row that was asked for lacks photographs; the message says how to give them.
+    """
+    folder, found = extra_folder(catalog, extra), []
+    for row in chosen:
+        if not row.extra or folder.is_dir():
+            found.append(row)
+            continue
+        lacks = (
+            f"{row.name} takes labelled photographs of an earlier contest too (train.csv, train/): give their folder "
+            f"with --extra, or have it as {catalog.root / 'earlier'}; {folder} is none"
+        )
+        if asked:
+            raise PaperError(lacks)
+        print(f"left out: {lacks}", flush=True)
+    return found
 
 
 def with_extra(catalog: Catalog, folder: Path) -> Catalog:
@@ -542,6 +567,13 @@ def main(given: Sequence[str] | None = None) -> int:
         if len(picked) == 1:
             one(picked[0], settings, chosen)
             return 0
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise PaperError(
+                f"several processes (torchrun) train one run, not {len(picked)}: choose it with --model"
+            )
+        if any(row.extra for row in picked):
+            asked = bool(chosen.model or chosen.extra)
+            picked = ready(picked, open_catalog(settings.source), chosen.extra, asked=asked)
         # Each in a process of its own: its peak of memory is its own, and one that fails stops no other.
         arguments = list(sys.argv[1:] if given is None else given)
         failed = [row.name for row in picked if _apart(row, arguments)]

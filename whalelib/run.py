@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, ImageColor
 
 from whalelib.files import replacing
 from whalelib.ledger import RESULT_COLUMNS, measured, project_root, read_ledger, read_rows, write_rows
@@ -204,13 +204,19 @@ class Run:
 
         At the published sizes on a GPU: bfloat16, a process a core to load with, but for one, and, where the
         environment's WHALE_COMPILE is 1, compiled networks. Else float32 and no processes, so that a training is the
-        same everywhere but for rounding.
+        same everywhere but for rounding. The cores are those that WHALE_CPUS gives each process of a training, else its
+        share of those that are there.
         """
         large = self.settings.profile == "paper" and self.device == "cuda"
+        workers = 0
+        if large:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            cores = int(os.environ.get("WHALE_CPUS") or len(os.sched_getaffinity(0)) // processes)
+            workers = max(1, min(16, cores) - 1)
         return {
             "device": self.device,
             "precision": "bf16-mixed" if large else "32-true",
-            "workers": max(1, min(16, len(os.sched_getaffinity(0))) - 1) if large else 0,
+            "workers": workers,
             "compiled": large and os.environ.get("WHALE_COMPILE") == "1",
         }
 
@@ -363,7 +369,25 @@ def _make_smaller(path: Path) -> None:
     with Image.open(path) as image:
         picture = image.convert("RGB")
     while True:
-        picture.quantize(256).save(path, format="PNG", optimize=True)
+        colours = _few_colours(picture)
+        picture.quantize(palette=colours, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
         if path.stat().st_size <= LARGE_FIGURE or picture.width < 300:
             return
         picture = picture.resize((picture.width * 4 // 5, picture.height * 4 // 5), Image.Resampling.LANCZOS)
+
+
+def _few_colours(picture: Image.Image) -> Image.Image:
+    """Return a palette of at most 256 colours for a picture.
+
+    The plots' own come first: where photographs fill a picture, those of markers and lines are rare, and a median cut
+    merges them. Then 64 that are far apart, for what else is rare, and the rest where most of the pixels are.
+    """
+    from whalelib.plots import FAINT, INK, PALETTE  # noqa: PLC0415
+
+    kept = [value for name in (*PALETTE, INK, FAINT, "white", "black") for value in ImageColor.getrgb(name)]
+    for most, method in ((64, Image.Quantize.MAXCOVERAGE), (256, Image.Quantize.MEDIANCUT)):
+        count = min(most, 256 - len(kept) // 3)
+        kept += picture.quantize(count, method).getpalette()[: 3 * count]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(kept)
+    return palette

@@ -250,6 +250,7 @@ def fit(
             if best:
                 checkpoints.save_best(model, optimizer, progress, best)
             checkpoints.save(model, optimizer, progress)
+    fabric.barrier()  # the first process has written what the others may read
     model.train(was_training)
     return pd.DataFrame(progress.rows)
 

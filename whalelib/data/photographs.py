@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from whalelib.augment import augmented
 from whalelib.data.images import read_image
 from whalelib.data.masks import mask_pixels
-from whalelib.files import replacing
+from whalelib.files import locked, replacing
 
 if TYPE_CHECKING:
     from whalelib.data.catalog import Catalog
@@ -156,10 +156,13 @@ class Photographs(Dataset):
     def _on_disk(self, folder: Path) -> np.ndarray:
         path, shape = folder / f"photographs-{self._pixels_key}.npy", (len(self), *self._shape)
         if not _holds(path, shape):
-            with replacing(path) as part:
-                pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-                _take_room(part)
-                self._decoded(pixels).flush()
+            # Another process may have made it while this one waited.
+            with locked(folder):
+                if not _holds(path, shape):
+                    with replacing(path) as part:
+                        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+                        _take_room(part)
+                        self._decoded(pixels).flush()
         return np.load(path, mmap_mode="r")
 
 

@@ -18,7 +18,7 @@ from whalelib import augment
 from whalelib.data import NEW_WHALE, Catalog, read_image
 from whalelib.data.masks import mask_pixels
 from whalelib.data.photographs import Photographs
-from whalelib.files import locked
+from whalelib.files import making
 from whalelib.identify import choose_threshold, embed, hold_out, identity_similarity, threshold_curve, top5
 from whalelib.locate import cache_folder, code_of
 from whalelib.losses import cross_entropy
@@ -120,7 +120,7 @@ def trained(run: Run, images: float = 1.0) -> Trained:
     )
     total = round(epochs(run.settings.profile, len(data)) * images)
     model, home = network(len(rest.known), seed).to(run.device), folder(run, total)
-    with locked(home):
+    with making(home / "log.csv"):
         history = fit(
             model,
             data,

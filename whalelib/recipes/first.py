@@ -9,9 +9,7 @@ other, `as_described` follows the report and `as_shipped` the code; every part n
 """
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from whalelib import augment, locate, weights
 from whalelib.data import Catalog
 from whalelib.data.photographs import Photographs
 from whalelib.data.quadruplets import Quadruplets
-from whalelib.files import locked, replacing
+from whalelib.files import making, replacing
 from whalelib.identify import (
     choose_threshold,
     class_balance,
@@ -278,14 +276,13 @@ def trained_or_kept(model: torch.nn.Module, folder: Path, train: Callable[[], pd
         train: trains the model and returns the history.
     """
     log = folder / "history.csv"
-    # Processes that train one network wait for each other: none may keep the others out.
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    with nullcontext() if together else locked(folder):
+    with making(log) as writes:
         if not log.exists():
             history = train()
-            save_weights(model, folder / "trained.safetensors")
-            with replacing(log) as part:
-                history.to_csv(part, index=False)
+            if writes:
+                save_weights(model, folder / "trained.safetensors")
+                with replacing(log) as part:
+                    history.to_csv(part, index=False)
     load_weights(model, folder / "trained.safetensors")
     return pd.read_csv(log)
 
