@@ -55,6 +55,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): ...
 
 
+def test_weights_are_known_by_what_is_in_them(tmp_path, monkeypatch):
+    for name in weights.NAMES:
+        monkeypatch.delenv(weights.variable(name), raising=False)
+    monkeypatch.setenv("WHALE_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr(weights, "KAGGLE_INPUT", tmp_path / "kaggle")
+    assert weights.content("densenet121") == ""
+    file = tmp_path / "kaggle" / "some-data-set" / weights.sources("densenet121")[0].file
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"one")
+    assert weights.found("densenet121") == file
+    first = weights.content("densenet121")
+    moved = tmp_path / "weights" / file.name
+    moved.parent.mkdir()
+    moved.write_bytes(b"one")
+    assert weights.found("densenet121") == moved
+    assert weights.content("densenet121") == first
+    moved.write_bytes(b"another")
+    assert weights.content("densenet121") not in ("", first)
+
+
 @pytest.fixture
 def server():
     server = Server()

@@ -399,9 +399,9 @@ def plan(
 
 
 def _given(row: paper.Row) -> str:
-    """Return the file of ImageNet weights that a row's network starts from, "" without any."""
+    """Return a hash of the ImageNet weights that a row's network starts from, "" without any."""
     name = keypoints.imagenet(row.network) if row.recipe == "keypoints" else row.network
-    return str((name in weights.NAMES and weights.found(name)) or "")
+    return weights.content(name) if name in weights.NAMES else ""
 
 
 def _shared(name: str, settings: Settings, extra: str | None, gpus: int) -> tuple[str, ...]:

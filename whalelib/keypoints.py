@@ -486,8 +486,8 @@ def point_model(world: Run, name: str, plan: Plan) -> PointNetwork:
     parts += [train_points, _optimizer, augment.for_masks, augment.augmented, lite]
     code = code_of(*parts, *map(inspect.getmodule, (Photographs, read_image, fit)))
     settings = world.settings
-    given = imagenet(name) and weights.found(imagenet(name))
-    about = [name, repr(plan), bool(given), HEIGHT, SIGMA, settings.seed, world.device]
+    given = imagenet(name) and weights.content(imagenet(name))
+    about = [name, repr(plan), given, HEIGHT, SIGMA, settings.seed, world.device]
     folder = cache_folder("keypoints", world.catalog.train.fingerprint, code, *about)
     training = partial(
         train_points, name=name, plan=plan, seed=settings.seed, device=world.device, folder=folder

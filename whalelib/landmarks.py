@@ -537,7 +537,7 @@ def _fold_folder(run: Run, fold: int) -> tuple[Run, Path]:
     parts += [_centred, _optimizer, _rate, keypoints.points_box, keypoints.for_points]
     parts += [augment.for_masks, augment.augmented]
     code = code_of(*parts, *map(inspect.getmodule, (Photographs, read_image, fit)))
-    given = not plan.backbone.startswith("lite") and bool(weights.found(plan.backbone))
+    given = not plan.backbone.startswith("lite") and weights.content(plan.backbone)
     about = [fold, repr(plan), given, settings.edition, settings.seed, world.device]
     return world, cache_folder("landmark-network", world.catalog.train.fingerprint, code, *about)
 

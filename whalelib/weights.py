@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from whalelib.files import locked, replacing
 from whalelib.models import DENSENET121_URL, SENET154_URL, load_checked, second_place_url
 from whalelib.run import place
 
+KAGGLE_INPUT = Path("/kaggle/input")
 LIMIT = 10**9
 TIMEOUT = 30
 CHUNK = 2**18
@@ -121,13 +123,30 @@ def weights_folder() -> Path:
 def found(name: str) -> Path | None:
     """Return the weights of one of NAMES: what the environment's :func:`variable` says, else what was fetched, or None.
 
+    On Kaggle those of a data set that is attached to the notebook are found too.
+
     Raises:
         ValueError: another name.
     """
     files = [source.file for source in sources(name)]
     if given := os.environ.get(variable(name)):
         return Path(given)
-    return next((path for file in files if (path := weights_folder() / file).is_file()), None)
+    folders = [weights_folder(), *sorted(KAGGLE_INPUT.glob("*"))]
+    return next((path for at in folders for file in files if (path := at / file).is_file()), None)
+
+
+def content(name: str) -> str:
+    """Return a hash of the weights that :func:`found` finds, for the cache's keys; "" where there are none."""
+    path = found(name)
+    if path is None or not path.is_file():
+        return str(path or "")  # a path that is wrong is told where it is loaded
+    return _sum_of(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@cache
+def _sum_of(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def pretrained(name: str) -> Path | None:

@@ -256,9 +256,9 @@ def trained(run: Run, choices: Choices | None = None) -> Trained:
     choices, settings = choices or Choices(), run.settings
     choices = replace(choices, quadruplets=choices.quadruplets or BATCH[settings.profile])
     here = parts(run, choices.size, None if "boxes" in choices.without else "box")
-    given = settings.profile == "paper" and weights.found("senet154")
+    given = settings.profile == "paper" and weights.content("senet154")
     data = [part.fingerprint for part in (here.rest, here.held)]
-    key = {**asdict(choices), "size": here.size, "weights": str(given), "photographs": data}
+    key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
     code = baseline.training_code(*map(inspect.getmodule, (Quadruplets, trained)))
     folder = run.folder("first", code=code, budget=budget(settings.profile, here), **key)
     model = network(settings.profile, len(here.known), settings.edition, settings.seed, choices.bias)

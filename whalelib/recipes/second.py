@@ -247,7 +247,7 @@ def trained(run: Run, choices: Choices | None = None) -> first.Trained:
     if choices.pseudo:
         here = with_pseudo_labels(run, here, choices)
     data = [part.fingerprint for part in (here.rest, here.held)]
-    given = profile == "paper" and str(weights.found(backbone))
+    given = profile == "paper" and weights.content(backbone)
     key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data, "budget": images}
     modules = map(inspect.getmodule, (Doubled, first.trained, trained))
     folder = run.folder("second", code=baseline.training_code(*modules), **key)

@@ -372,7 +372,7 @@ def _chosen(run: Run, choices: Choices | None) -> Choices:
 
 
 def _folder(run: Run, choices: Choices, here: Parts) -> Path:
-    given = run.settings.profile == "paper" and str(weights.found("densenet121"))
+    given = run.settings.profile == "paper" and weights.content("densenet121")
     data = [part.fingerprint for part in (here.rest, here.held)]
     key = {**asdict(choices), "size": here.size, "weights": given, "photographs": data}
     key["budget"] = budget(run.settings.profile, here)
