@@ -200,7 +200,7 @@ test:
 	@$(PYTHON) -m ruff format --check .
 	@echo '[3/3] tests, then every notebook cell by cell'
 	@WHALE_FIGURES=build/test/figures WHALE_RESULTS=build/test/results OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" \
-	  TQDM_MININTERVAL=5 JUPYTER_DEFAULT_PROVISIONER_NAME=whalelib-forked $(PYTHON) -m pytest -n "$$JOBS" --dist loadfile --no-loadscope-reorder \
+	  TQDM_MININTERVAL=5 $(if $(filter Linux,$(shell uname)),JUPYTER_DEFAULT_PROVISIONER_NAME=whalelib-forked) $(PYTHON) -m pytest -n "$$JOBS" --dist loadfile --no-loadscope-reorder \
 	  --nbval-lax --nbval-cell-timeout=1800 --timeout=1900 tests $$($(PYTHON) -m whalelib.course order)
 
 clean:

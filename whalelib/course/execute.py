@@ -25,7 +25,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.execute import ERROR_MARKER_TAG
 
-from whalelib.course.kernels import PROVISIONER
+from whalelib.course.kernels import FORKED
 from whalelib.course.notebooks import Notebook
 from whalelib.files import replacing
 from whalelib.ledger import read_rows
@@ -33,7 +33,6 @@ from whalelib.run import Settings, figures_folder, sources_hash
 
 RECORD = "whalelib_run"
 OnCell = Callable[[int, int], None]  # told the number of the cell that begins, and how many there are
-FORKED = {"JUPYTER_DEFAULT_PROVISIONER_NAME": PROVISIONER}
 QUIET = ["--IPKernelApp.log_level=50"]  # kernels warn of unencrypted sockets, which are local and signed
 
 

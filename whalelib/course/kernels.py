@@ -15,6 +15,8 @@ from threading import Thread
 from jupyter_client.provisioning import LocalProvisioner
 
 PROVISIONER = "whalelib-forked"
+# To be set for them. On a Mac a process that has loaded such libraries can't be forked safely.
+FORKED = {"JUPYTER_DEFAULT_PROVISIONER_NAME": PROVISIONER} if sys.platform == "linux" else {}
 # Libraries are imported once, and no thread of ours is copied. Not matplotlib: it asks for its backend when it is
 # imported, which is the kernel's to say.
 PROCESSES = get_context("forkserver")
@@ -25,7 +27,7 @@ LIBRARIES = (
     "segmentation_models_pytorch",
     "sklearn",
 )
-PROCESSES.set_forkserver_preload(["whalelib.course.execute", *LIBRARIES])
+PROCESSES.set_forkserver_preload(["whalelib.course.execute", *(LIBRARIES if FORKED else ())])
 
 
 class ForkedProvisioner(LocalProvisioner):
