@@ -25,7 +25,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.execute import ERROR_MARKER_TAG
 
-from whalelib.course.kernels import FORKED
+from whalelib.course.kernels import FORKED, get_ready
 from whalelib.course.notebooks import Notebook
 from whalelib.files import replacing
 from whalelib.ledger import read_rows
@@ -177,9 +177,10 @@ def execute_apart(
         variables: the course's environment; that of the server which forks this process may be older.
         notebook, settings, build, key: as :func:`execute` takes them.
     """
+    current_process().daemon = False  # its kernel is a process of it
+    get_ready()
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to all; a kernel is stopped once
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    current_process().daemon = False  # its kernel is a process of it
     os.environ.clear()
     os.environ.update(variables)
     with suppress(KeyboardInterrupt):

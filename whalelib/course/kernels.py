@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 from multiprocessing import current_process, get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from threading import Thread
 
@@ -30,8 +31,29 @@ LIBRARIES = (
 PROCESSES.set_forkserver_preload(["whalelib.course.execute", *(LIBRARIES if FORKED else ())])
 
 
+_ready: list[tuple[BaseProcess, Connection]] = []
+
+
+def get_ready() -> None:
+    """Fork the next kernel of this process now, from itself: a process of PROCESSES has a server no more.
+
+    To be called before this process has threads.
+    """
+    if FORKED:
+        _ready.append(_waiting(get_context("fork")))
+
+
+def _waiting(context: BaseContext) -> tuple[BaseProcess, Connection]:
+    """Return a process that waits to be told what kernel to be, and the connection to tell it."""
+    theirs, ours = context.Pipe(duplex=False)
+    process = context.Process(target=_be_kernel, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
 class ForkedProvisioner(LocalProvisioner):
-    """Starts Python's kernels as PROCESSES, and others as its parent class does."""
+    """Starts Python's kernels as forked processes, and others as its parent class does."""
 
     async def launch_kernel(self, cmd: list[str], **options: object) -> dict:
         """Start the kernel that the words of ``cmd`` say, and return how to reach it."""
@@ -39,8 +61,8 @@ class ForkedProvisioner(LocalProvisioner):
             return await super().launch_kernel(cmd, **options)
         words = cmd[cmd.index("ipykernel_launcher") :]
         arguments = (words, options.get("env") or dict(os.environ), options.get("cwd") or os.getcwd())
-        process = PROCESSES.Process(target=_be_kernel, args=arguments, daemon=True)
-        process.start()
+        process, link = _ready.pop() if _ready else _waiting(PROCESSES)
+        link.send(arguments)
         self.process, self.pid, self.pgid, self.cwd = _Popen(process), process.pid, process.pid, arguments[2]
         return self.connection_info
 
@@ -65,12 +87,13 @@ class _Popen:
         os.kill(self.pid, number)
 
 
-def _be_kernel(words: list[str], variables: dict[str, str], folder: str) -> None:
+def _be_kernel(link: Connection) -> None:
     from ipykernel.kernelapp import launch_new_instance  # noqa: PLC0415
     from threadpoolctl import threadpool_limits  # noqa: PLC0415
 
     os.setsid()
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    words, variables, folder = link.recv()
     current_process().daemon = False  # a notebook may have processes of its own
     os.environ.clear()
     os.environ.update(variables, JPY_PARENT_PID=str(os.getppid()))
