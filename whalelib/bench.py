@@ -216,12 +216,12 @@ def loader(name: str, workers: int, rounds: int = 20) -> dict[str, object]:
 
     rounds: batches of each process, after the first.
     """
-    recipe, _, channels, size, batch = NETWORKS[name]
-    size = PIPELINES[recipe][1]
-    transform = getattr(augment, f"{recipe}_place")(size)
-    data = _Augmented(transform, size, channels, batch * max(workers, 1) * (rounds + 1))
+    recipe, *_, batch = NETWORKS[name]
+    _, size, channels = PIPELINES[recipe]
+    transform, a_round = getattr(augment, f"{recipe}_place")(size), max(workers, 1)
+    data = _Augmented(transform, size, channels, batch * a_round * (rounds + 1))
     batches = DataLoader(data, batch_size=batch, num_workers=workers, prefetch_factor=4 if workers else None)
-    return {"network": name, "workers": workers, "images a second": _rate(batches, max(workers, 1))}
+    return {"network": name, "workers": workers, "images a second": _rate(batches, a_round)}
 
 
 def _rate(batches: Iterable[torch.Tensor], first: int) -> float:

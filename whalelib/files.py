@@ -1,6 +1,7 @@
 """Writing files so that nobody ever reads half of one."""
 
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -34,6 +35,12 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path | str) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

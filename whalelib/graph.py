@@ -35,7 +35,7 @@ from whalelib import keypoints, paper, weights
 from whalelib.contest import Contest, ContestError, write_submission
 from whalelib.data import Catalog, open_catalog
 from whalelib.data.catalog import CatalogError
-from whalelib.files import locked, replacing
+from whalelib.files import locked, replacing, sha256_of
 from whalelib.ledger import ledger_path, project_root, read_rows
 from whalelib.recipes import first, second, third
 from whalelib.run import EDITIONS, ONLY_SHOWS, PROFILES, Run, Settings, place, sources_hash
@@ -129,17 +129,12 @@ def kept(name: str, key: str) -> dict | None:
         done = json.loads(marker(name, key).read_text())
         # The same tasks of other networks or settings write under the same names.
         whole = all(
-            os.path.getsize(path) == size and _sha256(path) == digest
+            os.path.getsize(path) == size and sha256_of(path) == digest
             for path, (size, digest) in done["written"].items()
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return done if whole else None
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def perform(task: Task, key: str, variables: Mapping[str, str] | None = None) -> dict:
@@ -157,7 +152,7 @@ def perform(task: Task, key: str, variables: Mapping[str, str] | None = None) ->
     began = time.monotonic()
     try:
         result = dict((task.work() if callable(task.work) else command(task.work)) or {})
-        written = {path: (os.path.getsize(path), _sha256(path)) for path in result.get("files", [])}
+        written = {path: (os.path.getsize(path), sha256_of(path)) for path in result.get("files", [])}
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]

@@ -6,7 +6,6 @@ Exit code: 0 all went well, 1 some could not be had, 2 the request can't be met,
 """
 
 import argparse
-import hashlib
 import http
 import http.client
 import os
@@ -24,7 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from whalelib.files import locked, replacing
+from whalelib.files import locked, replacing, sha256_of
 from whalelib.models import DENSENET121_URL, SENET154_URL, load_checked, second_place_url
 from whalelib.run import place
 
@@ -145,8 +144,7 @@ def content(name: str) -> str:
 
 @cache
 def _sum_of(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256_of(path)[:16]
 
 
 def pretrained(name: str) -> Path | None:
@@ -214,8 +212,7 @@ def _copy(name: str, local: Path, folder: Path) -> Path:
     """Copy weights from a folder in which a file has one of their sums."""
     there = sorted(local.glob("*.pth")) if local.is_dir() else []
     for path in there:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         for source in sources(name):
             if not found.startswith(source.sha256):
                 continue

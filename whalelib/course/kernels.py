@@ -30,14 +30,13 @@ LIBRARIES = (
 )
 PROCESSES.set_forkserver_preload(["whalelib.course.execute", *(LIBRARIES if FORKED else ())])
 
-
 _ready: list[tuple[BaseProcess, Connection]] = []
 
 
 def get_ready() -> None:
-    """Fork the next kernel of this process now, from itself: a process of PROCESSES has a server no more.
+    """Fork the next kernel of this process from itself, while it has no threads.
 
-    To be called before this process has threads.
+    One of PROCESSES is forked from the server, but cannot ask it for processes: it would start another server.
     """
     if FORKED:
         _ready.append(_waiting(get_context("fork")))
