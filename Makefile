@@ -20,11 +20,12 @@ BUILD = build
 # `make ledger` with uncommitted changes: the rows' commit is marked +dirty.
 ALLOW_DIRTY =
 # Full-size runs: which (`make paper-list`; several, parted by spaces), which folds of a detector, how many images a
-# batch, how many steps of a trial.
+# batch, how many steps of a trial, and the table of data/bench/ that gets a row of it.
 MODEL =
 FOLD =
 BATCH =
 STEPS =
+TABLE =
 # Who does the tasks of `make graph`: local or ray.
 ENGINE = local
 # A submission, what to say of it, and SEND=1 to send it.
@@ -32,7 +33,7 @@ FILE =
 MESSAGE =
 SEND =
 
-KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD BATCH STEPS ENGINE FILE MESSAGE SEND WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE WHALE_WEIGHTS
+KNOWN = DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS VENV BUILD ALLOW_DIRTY MODEL FOLD BATCH STEPS TABLE ENGINE FILE MESSAGE SEND WHALE_REFERENCE WHALE_KAGGLE WHALE_CACHE WHALE_WEIGHTS
 given = $(findstring command line,$(origin $(1)))
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(call given,$(name)),$(name)))
 UNKNOWN := $(filter-out $(KNOWN),$(GIVEN))
@@ -47,7 +48,7 @@ TAKES_ledger = $(SETTINGS) NOTEBOOKS BUILD ALLOW_DIRTY
 TAKES_refresh = NOTEBOOKS
 TAKES_test = JOBS
 TAKES_paper-list = PROFILE EDITION
-TAKES_paper = $(SETTINGS) MODEL FOLD BATCH STEPS
+TAKES_paper = $(SETTINGS) MODEL FOLD BATCH STEPS TABLE
 TAKES_graph = $(SETTINGS) MODEL ENGINE BUILD
 TAKES_submit = FILE MESSAGE SEND
 TAKES_help = $(KNOWN)
@@ -62,7 +63,7 @@ $(error SEND = $(SEND): leave it empty or give 1)
 endif
 
 # Exported, so that recipes can quote them whatever characters they hold.
-export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD BATCH STEPS ENGINE FILE MESSAGE
+export DATA PROFILE EDITION SEED DEVICE NOTEBOOKS JOBS BUILD MODEL FOLD BATCH STEPS TABLE ENGINE FILE MESSAGE
 ifneq ($(WHALE_REFERENCE),)
 REFERENCE := $(shell cd '$(WHALE_REFERENCE)' 2>/dev/null && pwd)
 ifeq ($(REFERENCE),)
@@ -117,6 +118,7 @@ help:
 	@echo '  FOLD=0                  these folds of the landmark detectors'
 	@echo '  BATCH=16                so many images a batch, in place of the published number'
 	@echo '  STEPS=2                 a trial of so many steps, which keeps nothing'
+	@echo '  TABLE=trials            but a row of what it took, in data/bench/trials.csv'
 	@echo '  ENGINE=local            local, or ray (RAY_ADDRESS: of a cluster; pip install -e .[cluster])'
 	@echo '  FILE=submission.csv     what to check'
 	@echo '  MESSAGE="first try"     what Kaggle shows beside it'
@@ -167,7 +169,7 @@ paper-list: install
 paper: install
 	@$(PYTHON) -m whalelib.paper run --data "$$DATA" --edition "$$EDITION" --seed "$$SEED" --device "$$DEVICE" \
 	  $(FULL_SIZE) $(if $(MODEL),--model "$$MODEL") $(if $(FOLD),--fold "$$FOLD") $(if $(BATCH),--batch "$$BATCH") \
-	  $(if $(STEPS),--steps "$$STEPS")
+	  $(if $(STEPS),--steps "$$STEPS") $(if $(TABLE),--table "$$TABLE")
 
 graph: install
 	@$(if $(call given,BUILD),WHALE_BUILD="$$BUILD") $(PYTHON) -m whalelib.graph --data "$$DATA" --profile "$$PROFILE" --edition "$$EDITION" --seed "$$SEED" \

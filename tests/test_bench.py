@@ -51,6 +51,10 @@ def test_a_table_says_on_what_it_was_measured(tmp_path, monkeypatch):
     assert path == tmp_path / "samplers.csv"
     assert table["milliseconds"].tolist() == [1.2346]
     assert {"processor", "processors", "threads", "torch", "numpy", "date"} <= {*table}
+    bench.keep("samplers", [{"sampler": "b", "milliseconds": 2.0}], add=True)
+    assert pd.read_csv(path)["sampler"].tolist() == ["a", "b"]
+    bench.keep("samplers", [{"sampler": "c", "milliseconds": 3.0}])
+    assert pd.read_csv(path)["sampler"].tolist() == ["c"]
 
 
 @pytest.mark.parametrize("faiss", [False, True])

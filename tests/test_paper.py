@@ -248,14 +248,25 @@ def test_a_trial_makes_real_steps_and_keeps_nothing(name, six_animals, places, n
         paper.attempt(row, settings, 0)
 
 
-def test_the_command_tries_one_run(six_animals, no_detectors, capsys):
-    options = ["--profile", "lab", "--data", six_animals.settings.data, "--batch", "8"]
+def test_the_command_tries_one_run(six_animals, no_detectors, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WHALE_BENCH", str(tmp_path))
+    options = ["--profile", "lab", "--data", six_animals.settings.data, "--batch", "8", "--table", "trials"]
     assert paper.main(["run", "--model", "3.2/1", "--steps", "1", *options]) == 0
     out = capsys.readouterr().out
     assert "batches of 8 images of 96 x 192 (published: 24)" in out
     assert "3.2/1: 1 step, losses [" in out
     assert "6 whales" in out
     assert "GiB at the peak" in out
+    row = pd.read_csv(tmp_path / "trials.csv").iloc[0]
+    assert (row["run"], row["size"], row["batch"], row["steps"], row["whales"]) == (
+        "3.2/1",
+        "96 x 192",
+        8,
+        1,
+        6,
+    )
+    assert row["GiB"] > 0.1
+    assert row["device"] == "cpu"
 
 
 def test_the_command_lists_and_refuses(capsys):

@@ -37,7 +37,7 @@ from whalelib.data import open_catalog
 from whalelib.data.batches import PxK, Shuffled
 from whalelib.data.photographs import as_tensor, transformed
 from whalelib.data.statistics import photograph_statistics
-from whalelib.files import replacing
+from whalelib.files import locked, replacing
 from whalelib.identify import nearest, template_similarity, top5
 from whalelib.ledger import project_root
 from whalelib.models import SECOND_PLACE_BACKBONES
@@ -561,11 +561,12 @@ def _text(path: str) -> str:
         return ""
 
 
-def keep(name: str, rows: list[dict[str, object]]) -> Path:
-    """Write a table, with the environment in every row."""
-    path = folder() / f"{name}.csv"
-    with replacing(path) as part:
-        pd.DataFrame(rows).assign(**environment()).to_csv(part, index=False, float_format="%.5g")
+def keep(name: str, rows: list[dict[str, object]], *, add: bool = False) -> Path:
+    """Write a table, with the environment in every row; or add to one."""
+    path, new = folder() / f"{name}.csv", pd.DataFrame(rows).assign(**environment())
+    with locked(folder()), replacing(path) as part:
+        whole = pd.concat([pd.read_csv(path), new]) if add and path.exists() else new
+        whole.to_csv(part, index=False, float_format="%.5g")
     return path
 
 

@@ -33,7 +33,7 @@ from whalelib.files import replacing
 from whalelib.identify import hold_out, pair_split
 from whalelib.ledger import project_root
 from whalelib.recipes import baseline, first, second, third
-from whalelib.run import EDITIONS, PROFILES, Run, Settings, place
+from whalelib.run import EDITIONS, PROFILES, Run, Settings, environment, place
 from whalelib.train import TrialEnded, trial
 
 RECIPES = {"first": first, "second": second, "third": third}
@@ -437,8 +437,6 @@ def attempt(row: Row, settings: Settings, steps: int, *, extra: Path | str | Non
     Raises:
         PaperError: fewer than one step.
     """
-    from whalelib.course.execute import environment  # noqa: PLC0415 - it brings papermill
-
     if steps < 1:
         raise PaperError(f"steps = {steps}: give 1 or more")
     if row.needs:
@@ -489,6 +487,15 @@ def one(row: Row, settings: Settings, chosen: argparse.Namespace) -> None:
         took = f"{found['steps']} steps, {found['seconds']:.1f} s each but the first" if many else "1 step"
         about = f"losses {found['losses']}, {found['whales']:,} whales, {found['GiB']:.1f} GiB at the peak"
         print(f"{row.name}: {took}, {about}", flush=True)
+        if chosen.table:
+            asked = {
+                "run": row.name,
+                "network": row.network,
+                "size": "{} x {}".format(*row.size),
+                "batch": row.batch,
+            }
+            on = {"edition": settings.edition, "device": Run("paper", settings).device_name}
+            bench.keep(chosen.table, [asked | found | on], add=True)
         return
     began = time.monotonic()
     made = trained(row, data_of(row, settings, extra=chosen.extra, boxes=chosen.boxes))
@@ -515,6 +522,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument("--steps", type=int, default=0, help="a trial: so many steps, and nothing is kept")
+    run.add_argument("--table", help="of data/bench/: a trial adds a row to it")
     run.add_argument("--batch", type=int, help="images, in place of the published number")
     run.add_argument("--images", type=float, default=1.0, help="times the budget (default 1)")
     run.add_argument("--boxes", choices=BOXES, default=BOXES[0], help="true: the world's, a trial's default")

@@ -10,6 +10,8 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +40,21 @@ SHOWN_VERSIONS = ("numpy", "pandas", "torch")
 def place(variable: str, default: str) -> Path:
     """Return the folder that an environment variable names, else ``default``, relative to the project."""
     return project_root() / (os.environ.get(variable) or default)
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the block; processes started in it inherit them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def by_profile(lab: object, paper: object, small: object = None) -> dict[str, object]:

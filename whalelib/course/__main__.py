@@ -11,12 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from whalelib.course.execute import Outcome, environment, refresh
+from whalelib.course.execute import Outcome, refresh
 from whalelib.course.notebooks import CourseError, discover, trainers_first
 from whalelib.course.results import table
 from whalelib.course.runner import Course, jobs_of, tell, tell_meanwhile
 from whalelib.ledger import LedgerError, append_ledger, commit_of, ledger_path, project_root, read_rows
-from whalelib.run import Settings, place
+from whalelib.run import Settings, environment, place
 
 SAME_VALUE = ("notebook", "metric", "data", "profile", "edition", "seed", "device")
 

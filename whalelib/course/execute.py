@@ -10,8 +10,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from multiprocessing import current_process
@@ -29,7 +29,7 @@ from whalelib.course.kernels import FORKED, get_ready
 from whalelib.course.notebooks import Notebook
 from whalelib.files import replacing
 from whalelib.ledger import read_rows
-from whalelib.run import Settings, figures_folder, sources_hash
+from whalelib.run import Settings, environment, figures_folder, sources_hash
 
 RECORD = "whalelib_run"
 OnCell = Callable[[int, int], None]  # told the number of the cell that begins, and how many there are
@@ -120,21 +120,6 @@ class _LiveEngine(NBClientEngine):
 
 papermill_engines.register("whalelib", _LiveEngine)
 logging.getLogger("papermill").setLevel(logging.ERROR)
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the block; kernels started in it inherit them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def execute(notebook: Notebook, settings: Settings, build: Path, key: str, on_cell: OnCell) -> Outcome:
