@@ -77,8 +77,10 @@ def test_other_seeds_epochs_and_indices_draw_otherwise(catalog):
     draws = [draw(*key) for key in product(range(3), range(3))]
     assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
     twice = Photographs(catalog, SIZE, **moving())
-    twice._pixels[1] = twice._pixels[0]
-    assert not torch.equal(twice[0]["image"], twice[1]["image"])
+    first = twice[0]["image"]
+    pixels = twice._pixels[0]
+    pixels[1] = pixels[0]
+    assert not torch.equal(first, twice[1]["image"])
 
 
 @pytest.mark.parametrize("inner", ["plain", "one of"])
@@ -198,7 +200,19 @@ def test_an_unreadable_photograph_is_named(tmp_path):
     (tmp_path / "ada").mkdir()
     (tmp_path / "ada" / "torn.jpg").write_bytes(b"torn")
     with pytest.raises(PhotographError, match=r"torn\.jpg"):
-        Photographs(open_catalog(tmp_path), SIZE)
+        Photographs(open_catalog(tmp_path), SIZE)[0]
+
+
+def test_what_is_decoded_is_decoded_when_asked_for_and_shared_with_the_plain_ones(catalog, monkeypatch):
+    decoded = []
+    read = Photographs._read
+    monkeypatch.setattr(Photographs, "_read", lambda self, index: decoded.append(index) or read(self, index))
+    moved = Photographs(catalog, SIZE, **moving())
+    assert not decoded
+    assert torch.equal(moved.plain()[1]["image"], Photographs(catalog, SIZE)[1]["image"])
+    assert len(decoded) == 2 * len(catalog)
+    moved[0]
+    assert len(decoded) == 2 * len(catalog)
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,13 @@ class Photographs(Dataset):
             picture) or else ``rle`` (run lengths at ``MASK_SIZE``), and zeros for a photograph without one.
         known: identities in the order of the labels; default ``catalog.known``. Give the training catalog's
             to others.
-        memory: decode each photograph once and keep it, H * W * 3 bytes each; else decode at each use.
+        memory: decode all photographs when the first is asked for and keep them, H * W * 3 bytes each; else decode at
+            each use.
         folder: keep them in a file there too, for the next run to map instead of decoding.
 
     Raises:
         ValueError: an argument is not one of the choices, or boxes or masks are wanted and there are none.
-        PhotographError: a photograph that can't be read, by its path.
+        PhotographError: a photograph that can't be read, by its path; in memory, when the first item is asked for.
         OSError: the file in ``folder`` can't be written.
     """
 
@@ -88,11 +89,8 @@ class Photographs(Dataset):
             boxes = catalog.table[["x0", "y0", "x1", "y1"]].to_numpy(dtype=float)
             self._boxes = [None if np.isnan(box).any() else tuple(box) for box in boxes]
         self._masks = _masks(catalog.table) if masks else None
-        self._pixels = None
-        if folder is not None:
-            self._pixels = self._on_disk(Path(folder))
-        elif memory:
-            self._pixels = self._decoded(np.empty((len(self), *self._shape), dtype=np.uint8))
+        self._memory = memory
+        self._pixels = [] if folder is None else [self._on_disk(Path(folder))]  # of all; copies share it
 
     def __len__(self):
         return len(self._paths)
@@ -107,7 +105,9 @@ class Photographs(Dataset):
 
     def pixels(self, index: int) -> np.ndarray:
         """Return the photograph, cropped and resized only: (H, W, 3) uint8 RGB, with masks (H, W, 4)."""
-        return self._read(index) if self._pixels is None else np.array(self._pixels[index])
+        if self._memory and not self._pixels:
+            self._pixels.append(self._decoded(np.empty((len(self), *self._shape), dtype=np.uint8)))
+        return np.array(self._pixels[0][index]) if self._pixels else self._read(index)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0 up, whose draws the items show."""
