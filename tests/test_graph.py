@@ -168,6 +168,7 @@ def test_the_graph_of_the_report(six_animals):
     assert tasks["4.2/b"].needs == (crops, "4.2/a")
     assert not any(name.startswith(("answer", "ensemble")) for name in tasks)  # nor test photographs
     assert tasks["notebook 05_15"].needs == ("5.2/1",)
+    assert tasks["notebook 05_14"].needs == ("5.2/1", "5.2/2", "5.2/3")
     assert len(set(keys(tasks.values()).values())) == len(tasks)
 
 
@@ -188,7 +189,8 @@ def test_a_part_of_the_graph_has_all_that_it_needs(with_tests):
     assert "answer of 4.2/a" not in tasks  # trained for its pseudo labels alone
     assert "ensemble of 4.2" not in tasks  # of one
     assert "masks" not in tasks
-    assert [name for name in tasks if name.startswith("notebook")] == ["notebook 05_15"]
+    assert [name for name in tasks if name.startswith("notebook")] == ["notebook 05_14", "notebook 05_15"]
+    assert {"answer of 5.2/3", "ensemble of 5.2"} < set(tasks["notebook 05_14"].needs)
     assert set(tasks["notebook 05_15"].needs) == {"5.2/1", "answer of 5.2/1", "ensemble of 5.2"}
     assert {(task.gpus, task.cpus) for task in tasks.values()} == {(1, 4)}
 

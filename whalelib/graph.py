@@ -43,7 +43,13 @@ from whalelib.run import EDITIONS, ONLY_SHOWS, PROFILES, Run, Settings, place, s
 RETRIES = 3  # of a task whose process or machine was lost
 OBJECT_STORE = 80_000_000  # bytes: tasks hand each other files' names only
 DETECTOR_OF = {"first": "masks", "second": "keypoints", "third": "landmarks"}
-NOTEBOOK_OF = {"3.2/1": "03_16", "4.2/a": "04_17", "5.2/1": "05_15"}  # which show this network's answers
+NOTEBOOKS = {  # that show what networks answer, alone and together
+    "03_16": ("3.2/1",),
+    "04_16": ("4.2/a",),
+    "04_17": ("4.2/a",),
+    "05_14": ("5.2/1", "5.2/2", "5.2/3"),
+    "05_15": ("5.2/1",),
+}
 ENGINES = ("local", "ray")
 
 
@@ -432,14 +438,14 @@ def _notebooks(
     from whalelib.course.notebooks import discover  # noqa: PLC0415
 
     found = []
-    for network, number in NOTEBOOK_OF.items():
-        if network not in {row.name for row in networks}:
+    for number, shown in NOTEBOOKS.items():
+        if not {*shown} <= {row.name for row in networks}:
             continue
         (book,) = discover(project_root() / "notebooks", number)
         ledger = [list(row.values()) for row in read_rows(ledger_path()) if row["notebook"] == number]
         depends = key_of(book, settings, catalog.fingerprint, ledger)
-        table = network.partition("/")[0]
-        needs = [network, f"answer of {network}", f"ensemble of {table}"]
+        table = shown[0].partition("/")[0]
+        needs = [*shown, *(f"answer of {network}" for network in shown), f"ensemble of {table}"]
         work = partial(show, number, settings)
         found.append(task(f"notebook {number}", work, tuple(one for one in needs if one in names), depends))
     return found
