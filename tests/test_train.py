@@ -150,6 +150,16 @@ KILLS = [
 ]
 
 
+def test_a_compiled_network_is_trained_and_resumed_alike(straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )  # needs no compiler
+    run(tmp_path, epochs=1, compiled=True)
+    run(tmp_path, epochs=2)
+    run(tmp_path, compiled=True)
+    assert_same(tmp_path, straight)
+
+
 @pytest.mark.parametrize(("action", "count"), KILLS, ids=[action for action, _ in KILLS])
 def test_a_killed_run_resumes_bit_for_bit(straight, tmp_path, action, count):
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_train as t"
