@@ -151,9 +151,8 @@ KILLS = [
 
 
 def test_a_compiled_network_is_trained_and_resumed_alike(straight, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="eager")
-    )  # needs no compiler
+    # This backend needs no compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     run(tmp_path, epochs=1, compiled=True)
     run(tmp_path, epochs=2)
     run(tmp_path, compiled=True)

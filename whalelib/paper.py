@@ -417,7 +417,9 @@ def trained(row: Row, run: Run):
     return locate.mask_model(run)
 
 
-def attempt(row: Row, settings: Settings, steps: int, *, extra: Path | str | None = None) -> dict[str, float]:
+def attempt(
+    row: Row, settings: Settings, steps: int, *, extra: Path | str | None = None
+) -> dict[str, object]:
     """Make some real steps of a row's training, keep nothing of it, and return what they took.
 
     Boxes, masks and landmarks are taken as :func:`marked` gives them, so that no detector has to be trained first. A
@@ -432,7 +434,7 @@ def attempt(row: Row, settings: Settings, steps: int, *, extra: Path | str | Non
 
     Returns:
         ``steps``; ``whales``, in the data; the ``losses``; ``seconds`` a step, but of the first, NaN of one step;
-        ``GiB`` at the peak: of the process on a CPU, of what torch held on a GPU.
+        ``GiB`` at the peak: of the process on a CPU, of what torch held on a GPU; the ``device``.
 
     Raises:
         PaperError: fewer than one step.
@@ -463,6 +465,7 @@ def attempt(row: Row, settings: Settings, steps: int, *, extra: Path | str | Non
                     "losses": [round(loss, 3) for loss in ended.losses],
                     "seconds": ended.seconds / later if later else float("nan"),
                     "GiB": bench.peak_memory(run.device),
+                    "device": run.device_name,
                 }
     raise RuntimeError(f"{row.name}: the training ended before {steps} steps")
 
@@ -493,9 +496,9 @@ def one(row: Row, settings: Settings, chosen: argparse.Namespace) -> None:
                 "network": row.network,
                 "size": "{} x {}".format(*row.size),
                 "batch": row.batch,
+                "edition": settings.edition,
             }
-            on = {"edition": settings.edition, "device": Run("paper", settings).device_name}
-            bench.keep(chosen.table, [asked | found | on], add=True)
+            bench.keep(chosen.table, [asked | found], add=True)
         return
     began = time.monotonic()
     made = trained(row, data_of(row, settings, extra=chosen.extra, boxes=chosen.boxes))

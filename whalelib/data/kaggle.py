@@ -236,6 +236,7 @@ def unpack(path: Path, folder: Path, inside: str = "") -> list[str]:
                     part.open("wb") as out,
                 ):
                     shutil.copyfileobj(packed, out, 2**20)
+    # NotImplementedError is zipfile's, of a compression that it doesn't know.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise KaggleError(
             f"{path} is damaged ({error}): delete it, and the same command fetches it anew"
@@ -341,10 +342,8 @@ def fetch(folder: Path | None = None, counts: Counts = COUNTS) -> Path:
     print(
         f"Whole: {counts.train:,} photographs with {counts.labels:,} labels, {counts.test:,} to be labelled"
     )
-    same = labels_hash(folder) == LABELS
-    print(
-        f"train.csv has {'the labels that the report counts' if same else 'other labels than the report counts'}"
-    )
+    which = "the labels that" if labels_hash(folder) == LABELS else "other labels than"
+    print(f"train.csv has {which} the report counts")
     if archive.is_file():
         print(f"{archive} isn't needed any more")
     found = folder == home()
