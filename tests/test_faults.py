@@ -116,6 +116,8 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
         ".7-best.safetensors",
         "snapshots/.7-00001.safetensors",
         "checkpoints/.7-00001-0000000/state.json",
+        ".tmpA1b2C3",
+        "snapshots/.tmpA1b2C3",
     ]
     for part in parts:
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)

@@ -483,7 +483,7 @@ test_train.run(Path(sys.argv[1]), model=test_train.linear(), checkpoint_every=3)
         "2",
         str(script),
     ]
-    subprocess.run([*command, str(tmp_path / "two")], check=True, capture_output=True, timeout=300)
+    subprocess.run([*command, str(tmp_path / "two")], check=True, timeout=300)
     run(tmp_path / "one", model=linear())
     (tensors, log), (expected, expected_log) = state_of(tmp_path / "two"), state_of(tmp_path / "one")
     for name, value in expected.items():

@@ -318,7 +318,7 @@ class Checkpoints:
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         for place in (self.folder, self.folder / "checkpoints", self.folder / "snapshots"):
-            for part in place.glob(".[0-9]*-*"):
+            for part in [*place.glob(".[0-9]*-*"), *place.glob(".tmp*")]:  # the latter are safetensors' own
                 if part.is_dir():
                     shutil.rmtree(part)
                 else:
