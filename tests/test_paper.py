@@ -293,6 +293,12 @@ def test_several_runs_are_done_one_by_one_and_one_that_fails_stops_no_other(monk
     assert paper.main(["run", "--model", "5.2/1,5.2/3", "--steps", "2"]) == 0
 
 
+def test_only_a_trial_adds_a_row_to_a_table(monkeypatch, capsys):
+    monkeypatch.setattr(paper, "_apart", lambda *_: pytest.fail("it trains"))
+    assert paper.main(["run", "--model", "5.2/*", "--table", "trials"]) == 2
+    assert "give STEPS" in capsys.readouterr().err
+
+
 def test_processes_that_train_together_take_one_run(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(paper, "_apart", lambda *_: 0)

@@ -573,6 +573,8 @@ def main(given: Sequence[str] | None = None) -> int:
         )
         return 0
     try:
+        if chosen.table and not chosen.steps:
+            raise PaperError("a row of a table (TABLE, --table) is of a trial: give STEPS, --steps, too")
         picked = select(words(chosen.model), folds_of(chosen.fold), chosen.profile)
         settings = settings_of(chosen)
         if len(picked) == 1:

@@ -18,8 +18,7 @@ from jupyter_client.provisioning import LocalProvisioner
 PROVISIONER = "whalelib-forked"
 # To be set for them. On a Mac a process that has loaded such libraries can't be forked safely.
 FORKED = {"JUPYTER_DEFAULT_PROVISIONER_NAME": PROVISIONER} if sys.platform == "linux" else {}
-# Libraries are imported once, and no thread of ours is copied. Not matplotlib: it asks for its backend when it is
-# imported, which is the kernel's to say.
+# Libraries are imported once, and no thread of ours is copied.
 PROCESSES = get_context("forkserver")
 LIBRARIES = (
     "ipykernel.kernelapp",
@@ -27,6 +26,7 @@ LIBRARIES = (
     "whalelib.augment",
     "segmentation_models_pytorch",
     "sklearn",
+    "seaborn",
 )
 PROCESSES.set_forkserver_preload(["whalelib.course.execute", *(LIBRARIES if FORKED else ())])
 
@@ -87,6 +87,7 @@ class _Popen:
 
 
 def _be_kernel(link: Connection) -> None:
+    import matplotlib as mpl  # noqa: PLC0415
     from ipykernel.kernelapp import launch_new_instance  # noqa: PLC0415
     from threadpoolctl import threadpool_limits  # noqa: PLC0415
 
@@ -101,6 +102,8 @@ def _be_kernel(link: Connection) -> None:
         threadpool_limits(int(threads))  # libraries read it when they are loaded, which is done
     for name in [name for name in sys.modules if name.split(".")[0] == "tqdm"]:
         del sys.modules[name]  # it asks when it is imported whether it runs in a notebook
+    # This one was asked for when it was imported.
+    mpl.rcParams["backend"] = variables.get("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     sys.argv = words
     launch_new_instance()
 

@@ -47,7 +47,8 @@ class Photographs(Dataset):
             to others.
         memory: decode all photographs when the first is asked for and keep them, H * W * 3 bytes each; else decode at
             each use.
-        folder: keep them in a file there too, for the next run to map instead of decoding.
+        folder: keep them in a file there too, for the next run to map instead of decoding. Processes that load share
+            it; without it each of them decodes all for itself.
 
     Raises:
         ValueError: an argument is not one of the choices, or boxes or masks are wanted and there are none.
