@@ -28,7 +28,7 @@ from whalelib.data.images import Box
 from whalelib.data.layouts import BOX, Problems
 from whalelib.data.photographs import Photographs, as_tensor
 from whalelib.locate import cache_folder, code_of, looked_at_once, trained_once, weights_hash
-from whalelib.models import LITE0_MEAN, LITE0_STD, Sums, lite, second_place_url, without_classifier
+from whalelib.models import LITE0_MEAN, LITE0_STD, Sums, lite, second_place_url, trunk
 from whalelib.run import Run, Settings, by_profile
 from whalelib.train import evaluating, fit, keep_memory, warm_cosine
 
@@ -192,16 +192,10 @@ def se_resnext_maps(
         FileNotFoundError: there is no such file; the message says where to get it.
         ValueError: it is another file, or of another network; or there is no such depth.
     """
-    import pretrainedmodels  # noqa: PLC0415 - as slow to import as timm, and needed here alone
-
     if depth not in (50, 101):
         raise ValueError(f"depth = {depth!r}: choose 50 or 101")
     name = f"se_resnext{depth}_32x4d"
-    url = second_place_url(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = getattr(pretrainedmodels, name)(pretrained=None)
-    without_classifier(network, weights, sha256 or Path(url).stem.rsplit("-", 1)[1], url)
+    network, _ = trunk(name, second_place_url(name), weights, sha256, seed)
     return Maps(network, (256, 512, 1024, 2048), mean=0.65, std=0.25)
 
 

@@ -298,7 +298,7 @@ def senet154(
 
 def _senet_map(network: nn.Module, stem: str, weights: Path | str | None, sha256: Sums) -> FeatureMap:
     """Return any of pretrainedmodels' SENets as a feature map for four channels."""
-    features = without_classifier(network, weights, sha256, SENET154_URL)
+    features = _without_classifier(network, weights, sha256, SENET154_URL)
     network.layer0.conv1 = widen_stem(network.layer0.conv1, stem)
     return FeatureMap(network.to(memory_format=torch.channels_last), features, ("layer3", "layer4"))
 
@@ -320,15 +320,33 @@ def densenet121(
         FileNotFoundError: there is no such file; the message says where to get it.
         ValueError: it is another file, or of another network.
     """
+    network, features = trunk("densenet121", DENSENET121_URL, weights, sha256, seed)
+    return FeatureMap(network.to(memory_format=torch.channels_last), features, ("features",))
+
+
+def trunk(
+    name: str, url: str, weights: Path | str | None, sha256: Sums | None, seed: int
+) -> tuple[nn.Module, int]:
+    """Return a network of pretrainedmodels without its classifier, and its number of features.
+
+    Args:
+        name: pretrainedmodels' own.
+        url: of its weights' file.
+        weights: path of that file, or None for random weights.
+        sha256: of that file, or its first digits; None for those that its published name ends with.
+        seed: of random weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another file, or of another network.
+    """
     import pretrainedmodels  # noqa: PLC0415 - as slow to import as timm, and needed here alone
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, of an argument that pretrainedmodels passes
         torch.manual_seed(seed)
-        network = pretrainedmodels.densenet121(pretrained=None)
-    known = sha256 or Path(DENSENET121_URL).stem.rsplit("-", 1)[1]
-    features = without_classifier(network, weights, known, DENSENET121_URL)
-    return FeatureMap(network.to(memory_format=torch.channels_last), features, ("features",))
+        network = getattr(pretrainedmodels, name)(pretrained=None)
+    return network, _without_classifier(network, weights, sha256 or Path(url).stem.rsplit("-", 1)[1], url)
 
 
 def _newer_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -336,7 +354,7 @@ def _newer_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {re.sub(r"\b(norm|relu|conv)\.([12])\.", r"\1\2.", name): value for name, value in state.items()}
 
 
-def without_classifier(network: nn.Module, weights: Path | str | None, sha256: Sums, url: str) -> int:
+def _without_classifier(network: nn.Module, weights: Path | str | None, sha256: Sums, url: str) -> int:
     """Take the classifier off one of pretrainedmodels' networks, load its weights; return its number of features."""
     features = network.last_linear.in_features
     for part in ("avg_pool", "avgpool", "dropout", "last_linear", "fc"):
@@ -388,16 +406,9 @@ def second_place_backbone(
         FileNotFoundError: there is no such file; the message says where to get it.
         ValueError: it is another file, or of another network; or there is no backbone of that name.
     """
-    import pretrainedmodels  # noqa: PLC0415 - as slow to import as timm, and needed here alone
-
     if name not in SECOND_PLACE_BACKBONES:
         raise ValueError(f"name = {name!r}: choose one of {', '.join(SECOND_PLACE_BACKBONES)}")
-    url = second_place_url(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = getattr(pretrainedmodels, name)(pretrained=None)
-    known = sha256 or Path(url).stem.rsplit("-", 1)[1]
-    features = without_classifier(network, weights, known, url)
+    network, features = trunk(name, second_place_url(name), weights, sha256, seed)
     network = network.to(memory_format=torch.channels_last)
     return FeatureMap(network, features, ("layer2", "layer3", "layer4"))
 
