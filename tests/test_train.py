@@ -463,15 +463,28 @@ def test_nothing_is_printed_but_the_bar(capfd):
 
 
 def test_two_processes_share_the_batches(tmp_path):
-    """Each takes half of every batch; without dropout and normalisation that is the same training."""
+    """Each takes half of every batch; without dropout and normalisation that is the same training.
+
+    Both leave the group in the end: once in a hundred times a process with gloo's threads aborts when it exits.
+    """
     script = tmp_path / "script.py"
     script.write_text(f"""
+import atexit
+import os
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
 import test_train
+
+def look():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    if any("gloo" in name for name in names):
+        print(names, flush=True)
+        os._exit(3)
+
+atexit.register(look)  # called after what is registered later
 test_train.run(Path(sys.argv[1]), model=test_train.linear(), checkpoint_every=3)
 """)
     command = [

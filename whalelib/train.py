@@ -7,6 +7,7 @@ been, to the same weights, bit for bit on a CPU (same processor, same number of 
 Several GPUs: start the script with ``torchrun --nproc-per-node N``; the loop shares each batch among them.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -603,7 +604,20 @@ def _fabric(device: str, precision: str) -> Fabric:
         accelerator=device, devices=processes, num_nodes=nodes, strategy=strategy, precision=precision
     )
     fabric.launch()
+    if strategy == "ddp":
+        _leave_in_the_end()
     return fabric
+
+
+@functools.cache
+def _leave_in_the_end() -> None:
+    """Let this process leave the others before it ends: threads of gloo that still run may abort it."""
+
+    def leave() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    atexit.register(leave)
 
 
 def _generator_kept(fabric: Fabric) -> AbstractContextManager:
